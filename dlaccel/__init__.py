@@ -1,0 +1,14 @@
+"""dlaccel: hand-written Triton kernels for the layers that made deep networks trainable, as PyTorch operators.
+
+    from dlaccel import functional as F, nn
+
+`import dlaccel` imports neither Triton nor CUDA state; both wait for the first tensor that needs them.
+"""
+
+from dlaccel import functional as functional
+from dlaccel import nn as nn
+from dlaccel._version import __version__ as __version__
+from dlaccel.backend import explain as explain
+from dlaccel.backend import use_backend as use_backend
+
+__all__ = ["__version__", "explain", "functional", "nn", "use_backend"]

@@ -1,0 +1,81 @@
+"""The kernel of an op at the Autograd dispatch key.
+
+torch.library.register_autograd would be shorter, but it fails under torch.func.grad, gives a silent zero in forward-mode
+differentiation when no input requires grad, refuses mutable schemas, and costs more per call (pytorch issues 168393, 170834,
+179652). The private names below exist in torch 2.11 to 2.13; should one go, the import fails, which is better than a silent zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import _C
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+if TYPE_CHECKING:
+    from dlaccel.ops._register import Op
+
+_below: Any = _C._AutoDispatchBelowAutograd
+_after: Any = _C._after_autograd_keyset
+_functorch_active = _C._are_functorch_transforms_active
+_any_requires_grad: Any = _C._any_requires_grad
+
+
+def kernel(declaration: Op, overload: Any) -> Callable[..., Any]:
+    redispatch, arguments, filled = overload.redispatch, overload._schema.arguments, declaration.filled
+    options = [i for i, a in enumerate(arguments) if "Tensor" not in str(a.type)]
+    no_gradients = (None,) * (1 + len(arguments))  # the first is the key set's
+
+    def below(keyset: Any, *args: Any) -> Any:
+        with _below():
+            return redispatch(keyset & _after, *args)
+
+    class Node(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            if _functorch_active():  # Function has switched these modes off: the level below would see constants
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    outputs = below(keyset, *args)
+            else:
+                outputs = below(keyset, *args)
+            tensors = declaration.saved(args, outputs)
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+            ctx.set_materialize_grads(False)
+            ctx.options = [args[i] for i in options]
+            if declaration.non_differentiable:
+                ctx.mark_non_differentiable(*[outputs[i] for i in declaration.non_differentiable])
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if all(g is None for g in grads):
+                return no_gradients
+            ctx.wanted = list(ctx.needs_input_grad[1:])
+            gradients = declaration.backward(ctx, *grads)
+            return None, *gradients, *no_gradients[1 + len(gradients) :]
+
+        @staticmethod
+        def jvp(ctx: Any, _keyset: Any, *tangents: Any) -> Any:
+            if declaration.jvp is None:
+                raise NotImplementedError(f"{declaration.name} has no forward-mode derivative")
+            return declaration.jvp(ctx, *tangents)
+
+    for cls in (Node, Node._backward_cls):  # type: ignore[attr-defined]  # grad_fn and the profiler show these names
+        cls.__name__ = cls.__qualname__ = f"{declaration.name}Backward"
+    apply: Any = Node.apply
+
+    def call(keyset: Any, *args: Any) -> Any:
+        if _functorch_active():
+            with enable_single_level_autograd_function():
+                return apply(keyset, *filled(args))
+        if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
+            return apply(keyset, *filled(args))
+        with _below():
+            return redispatch(keyset & _after, *args)
+
+    return call

@@ -1,0 +1,34 @@
+"""What several declarations need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+
+
+def described(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms that are not None, or None."""
+    given = [t for t in terms if t is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+def as_2d(t: Tensor) -> Tensor:
+    """(*, K) -> (prod(*), K); reshape(-1, K) fails for K = 0, and flatten has no rule for batched gradients."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def at_front(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """t with its vmap dimension first; a tensor that is not batched is expanded."""
+    if t is None:
+        return None
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)

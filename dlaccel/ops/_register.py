@@ -1,0 +1,169 @@
+"""One declaration per operator: `Op(...).register()` makes it known to every PyTorch subsystem.
+
+An op takes positional arguments, no Tensor[], and returns fresh tensors; its first argument decides the backend. The dispatcher
+drops trailing arguments equal to their defaults; they are put back here, so that every declared function gets all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.compiler.config
+from torch import _C, Tensor
+
+from dlaccel import backend
+from dlaccel._version import __version__
+from dlaccel.ops import _autograd
+
+NAMESPACE = "dlaccel"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations die with this object
+REGISTRY: dict[str, Op] = {}  # by operator name; the contract tests loop over it
+LAUNCHES: Counter[tuple[str, str]] = Counter()  # (op, backend): how often it ran there
+
+# Rules for subsystems that are slow to import wait until the subsystem is imported, or `activate` is called.
+FLOPS, SHARDING = "torch.utils.flop_counter", "torch.distributed.tensor.experimental"
+_waiting: dict[str, list[Callable[[Any], object]]] = {FLOPS: [], SHARDING: []}
+
+# aten's three autocast lists: (active autocast dtype, dtypes of the arguments) -> the dtype to cast to.
+_AUTOCAST: dict[str, Callable[[torch.dtype, list[torch.dtype]], torch.dtype]] = {
+    "lower": lambda lower, dtypes: lower,
+    "fp32": lambda lower, dtypes: torch.float32,
+    "promote": lambda lower, dtypes: torch.float32 if torch.float32 in dtypes else lower,
+}
+
+# AOTAutograd's on-disk cache does not hash our formulas: without the tag a new version gets the old one's gradients.
+torch.compiler.config.cache_key_tag += f";{NAMESPACE}-{__version__}"
+
+
+@dataclass(eq=False, kw_only=True)
+class Op:
+    """A differentiable operator. See docs/architecture.md, contract 1."""
+
+    module: str  # __name__ of the declaring file: its last part names the file on every floor
+    schema: str
+    check: Callable[..., None]  # plain `if bad: raise`, on real and fake tensors alike
+    fake: Callable[..., Any]  # uninitialised outputs with the shapes, dtypes and strides of the real ones
+    saved: Callable[[tuple[Any, ...], Any], Sequence[Tensor | None]]  # (args, outputs) -> ctx.saved_tensors
+    backward: Callable[..., Sequence[Tensor | None]]  # (ctx, *grads) -> gradients of the leading arguments; see ctx.wanted
+    jvp: Callable[..., Any] | None = None  # (ctx, *tangents) -> a tangent per output; ctx.options: non-tensor arguments
+    non_differentiable: tuple[int, ...] = ()  # outputs without a gradient
+    vmap: Callable[..., tuple[Any, Any]] | None = None  # as for torch.library.register_vmap; default: a call per sample
+    autocast: str | None = None  # "lower", "fp32", "promote"; None: runs in the dtypes that come
+    flops: Callable[..., int] | None = None  # (*arguments, a shape for each tensor) -> FLOPs
+    sharding: Callable[..., list[Any]] | None = None  # as for torch.distributed.tensor.experimental.register_sharding
+    unsupported: Callable[..., str | None] | None = None  # why the Triton kernel cannot take a call
+    prefers_torch: Callable[..., str | None] | None = None  # why `auto` keeps torch although the kernel could run
+    has_kernel: bool = True
+    name: str = field(init=False)
+    filled: Callable[[tuple[Any, ...]], tuple[Any, ...]] = field(init=False)  # args with trailing defaults put back
+
+    def floor(self, backend_name: str) -> Any:
+        """The module of this op's kernels on a backend, imported when first needed."""
+        return _floor("kernels" if backend_name == "triton" else "fallback", self.module.rpartition(".")[2])
+
+    def register(self) -> Any:
+        """Define torch.ops.dlaccel.<name>; returns the overload, for the public function to call."""
+        self.name = name = self.schema.partition("(")[0]
+        LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        defaults = tuple(a.default_value for a in op._schema.arguments)
+        mutated = [i for i, a in enumerate(op._schema.arguments) if a.alias_info]
+        self.filled = filled = lambda args: args if len(args) == len(defaults) else (*args, *defaults[len(args) :])
+
+        def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                args = filled(args)
+                self.check(*args)
+                return function(*args)
+
+            return call
+
+        def padded(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **_: function(*filled(args))
+
+        LIBRARY.impl(name, checked(self._launcher(mutated)), "CompositeExplicitAutograd")  # every device
+        LIBRARY.impl(name, _autograd.kernel(self, op), "Autograd", with_keyset=True)
+        torch.library.register_fake(op, checked(self.fake), lib=LIBRARY)
+        torch.library.register_vmap(op, self.vmap or _one_call_per_sample(op, mutated), lib=LIBRARY)
+        if self.autocast is not None:
+            for device in ("cpu", "cuda", "xpu"):
+                _register_autocast(name, op, _AUTOCAST[self.autocast], device)
+        if self.flops is not None:
+            flops = padded(self.flops)
+            _waiting[FLOPS].append(lambda m: m.register_flop_formula(op.overloadpacket)(flops))
+        if self.sharding is not None:
+            sharding = padded(self.sharding)
+            _waiting[SHARDING].append(lambda m: m.register_sharding(op)(sharding))
+        for subsystem in _waiting.keys() & sys.modules.keys():
+            activate(subsystem)
+        REGISTRY[name] = self
+        return op
+
+    def _launcher(self, mutated: list[int]) -> Callable[..., Any]:
+        @functools.cache
+        def function(backend_name: str) -> Callable[..., Any]:
+            f: Callable[..., Any] = getattr(self.floor(backend_name), self.name)
+            return f
+
+        def launch(*args: Any) -> Any:
+            chosen = backend.choose(self, args)
+            outputs = function(chosen)(*args)
+            LAUNCHES[self.name, chosen] += 1
+            if mutated:  # autograd sees no write through a pointer: it would use an overwritten saved tensor
+                written = [args[i] for i in mutated if args[i] is not None and not args[i].is_inference()]
+                torch.autograd.graph.increment_version(written)
+            return outputs
+
+        return launch
+
+
+@functools.cache
+def _floor(room: str, name: str) -> Any:
+    return importlib.import_module(f"dlaccel.{room}.{name}")
+
+
+def activate(subsystem: str) -> None:
+    """Import FLOPS or SHARDING and hand it the declared rules. Without: FlopCounterMode counts 0, DTensor raises."""
+    module = importlib.import_module(subsystem)
+    while _waiting[subsystem]:
+        _waiting[subsystem].pop()(module)
+
+
+def _register_autocast(name: str, op: Any, policy: Callable[..., torch.dtype], device: str) -> None:
+    key = f"Autocast{_C._dispatch_key_for_device(device)}"
+    excluded = _C.DispatchKeySet(getattr(_C.DispatchKey, key))
+    guard: Any = _C._ExcludeDispatchKeyGuard
+
+    def eligible(a: Any) -> bool:  # as in aten: float64 and tensors of other devices are left alone
+        return isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 and a.device.type == device
+
+    def kernel(*args: Any) -> Any:
+        dtype = policy(torch.get_autocast_dtype(device), [a.dtype for a in args if eligible(a)])
+        with guard(excluded):
+            return op(*[a.to(dtype) if eligible(a) else a for a in args])
+
+    LIBRARY.impl(name, kernel, key)
+
+
+def _one_call_per_sample(op: Any, mutated: list[int]) -> Callable[..., tuple[Any, Any]]:
+    """The default vmap rule: right for every op, slow for many samples."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        batched = [isinstance(d, int) for d in in_dims]
+        if any(args[i] is not None and not batched[i] for i in mutated):
+            raise RuntimeError(f"vmap: {op} would write every sample to the same tensor: batch it too")
+        slices = [a.unbind(d) if b else (a,) * info.batch_size for a, d, b in zip(args, in_dims, batched, strict=True)]
+        results = [op(*sample) for sample in zip(*slices, strict=True)]
+        if not isinstance(results[0], tuple):
+            return torch.stack(results), 0
+        outputs = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True))
+        return outputs, tuple(None if o is None else 0 for o in outputs)
+
+    return rule

@@ -1,0 +1,143 @@
+"""Static choice of configuration: an analytic function of (target, dtype, sizes), which a measured table may override.
+
+A configuration is a dict of a kernel's block sizes with num_warps and num_stages, passed to `launch` as it is. Nothing is measured
+on a user's call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .launch import INTERPRET
+
+Config = dict[str, Any]
+Static = Callable[..., Config]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a configuration depends on."""
+
+    backend: str  # cuda | hip | interpreter
+    arch: int | str  # 90, "gfx942"; 0 in the interpreter, whose blocks are small
+    sms: int  # streaming multiprocessors (compute units)
+    shared: int  # bytes of shared memory a block may use
+    warp: int  # lanes of a warp
+    name: str  # the device's, keys the measured tables
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "interpreter"
+
+    def at_least(self, capability: int) -> bool:
+        """Whether this is an NVIDIA GPU of at least this compute capability (90 for 9.0)."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= capability
+
+
+_KB = 1024
+# Shared memory per block: CUDA programming guide, table of compute capabilities; CDNA and RDNA ISA documents (LDS).
+TARGETS: dict[str, Target] = {
+    **{
+        f"sm_{arch}": Target("cuda", arch, sms, shared * _KB, 32, name)
+        for arch, sms, shared, name in (
+            (80, 108, 163, "A100"),
+            (86, 84, 99, "RTX 3090"),
+            (89, 128, 99, "RTX 4090"),
+            (90, 132, 227, "H100"),
+            (100, 148, 227, "B200"),
+            (120, 170, 99, "RTX 5090"),
+        )
+    },
+    **{
+        arch: Target("hip", arch, cus, lds * _KB, 64 if arch.startswith("gfx9") else 32, name)
+        for arch, cus, lds, name in (
+            ("gfx90a", 104, 64, "MI250"),
+            ("gfx942", 304, 64, "MI300X"),
+            ("gfx950", 256, 160, "MI355X"),
+            ("gfx1100", 96, 64, "RX 7900 XTX"),
+            ("gfx1201", 64, 64, "RX 9070 XT"),
+        )
+    },
+}
+INTERPRETER = Target("interpreter", 0, 4, 1 << 30, 32, "interpreter")
+
+_assumed: Target | None = None
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[None]:
+    """Choose configurations for this target, whatever device the tensors are on (inspection, tests)."""
+    global _assumed
+    before, _assumed = _assumed, target
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def target_of(device: torch.device) -> Target:
+    if _assumed is not None:
+        return _assumed
+    return INTERPRETER if INTERPRET else _target_of_gpu(device.index or 0)
+
+
+@functools.cache
+def _target_of_gpu(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+        known = TARGETS.get(arch, TARGETS["gfx942"])
+        return Target("hip", arch, properties.multi_processor_count, known.shared, known.warp, properties.name)
+    shared = properties.shared_memory_per_block_optin
+    capability = 10 * properties.major + properties.minor
+    return Target("cuda", capability, properties.multi_processor_count, shared, 32, properties.name)
+
+
+class Choice:
+    """The configuration of one kernel, by target, dtype and sizes."""
+
+    def __init__(self, name: str, static: Static) -> None:
+        self.name = name
+        self.static = static
+        self.candidates: Static | None = None  # (target, dtype, *sizes) -> list of configurations worth measuring
+        self._cached = functools.lru_cache(maxsize=4096)(self._choose)
+        functools.update_wrapper(self, static)
+
+    def __call__(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> Config:
+        return self._cached(target_of(device), dtype, sizes)
+
+    def _choose(self, target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
+        return self.static(target, dtype, *sizes)
+
+    def source(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
+        """Where the configuration comes from, for `explain`."""
+        return "static choice"
+
+
+CHOICES: dict[str, Choice] = {}
+
+
+def choice(name: str) -> Callable[[Static], Choice]:
+    """Declare the configuration of the kernel `name` ("linear_relu.forward"): decorates its static function."""
+
+    def declare(static: Static) -> Choice:
+        CHOICES[name] = Choice(name, static)
+        return CHOICES[name]
+
+    return declare
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The smallest power of two >= n, kept between least and most."""
+    return max(least, min(most, 1 << max(n - 1, 0).bit_length()))
+
+
+def written(config: Config) -> str:
+    """One line for tables: BLOCK_M=128 BLOCK_N=256 ..."""
+    return " ".join(f"{key}={value}" for key, value in config.items())

@@ -1,0 +1,256 @@
+"""linear_relu: y = relu(x w^T + b), and its gradients.
+
+    forward    z = x w^T + b,  y = where(z < 0, 0, z)                 (NaN and -0.0 as torch has them)
+    backward   dz = where(y <= 0, 0, dy),  dx = dz w,  dw = dz^T x,  db = sum of dz over the rows
+
+Shapes: x (M, K) for any leading dimensions of the tensor, w (N, K), b (N,), y (M, N). Strides are in elements, named
+stride_<tensor><dimension>. Saved for backward: x, w, y.
+
+Least traffic, s bytes per element: forward (MK + NK + MN) s; backward pre-pass 3 MN s, then two matrix products, 5 MN s + 2 (MK + NK) s
+in all where plain torch moves one MN s more. FLOPs: forward 2 MNK, backward 4 MNK.
+
+The backward is one pre-pass, which writes dz and per-block sums for db (added up in a fixed order: deterministic), and two plain
+matrix products, which are the vendor library's.
+
+Sources: persistent TMA matrix product and grouped tile order after the Triton tutorials 03 and 09.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import config
+from .config import Config, Target, power_of_two
+from .launch import launch
+
+PREPASS_WAVES = 4  # programs per multiprocessor that the pre-pass aims for
+
+
+@config.choice("linear_relu.forward")
+def forward_config(target: Target, dtype: torch.dtype, M: int, N: int, K: int, tma: bool) -> Config:
+    if target.interpreted:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2} | ({"SUBTILE": True} if tma else {})
+    if tma:
+        tiles = triton.cdiv(M, 128) * triton.cdiv(N, 256)
+        if N > 128 and tiles >= target.sms:
+            return _tile(128, 256, 64, warps=8, stages=4) | {"SUBTILE": True}
+        return _tile(128, 128, 64, warps=8, stages=4) | {"SUBTILE": False}
+    if dtype == torch.float32:  # fused multiply-adds on the vector units, or TF32
+        return _tile(64, 64, 32, warps=4, stages=2)
+    m, n = power_of_two(M, 16, 128), power_of_two(N, 32, 128)
+    if target.backend == "hip":
+        return _tile(m, n, 64, warps=8 if m * n >= 128 * 128 else 4, stages=2)
+    return _tile(m, n, 64, warps=8 if m * n >= 128 * 128 else 4, stages=3)
+
+
+def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
+
+
+@config.choice("linear_relu.prepass")
+def prepass_config(target: Target, dtype: torch.dtype, M: int, N: int) -> Config:
+    if target.interpreted:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 32}
+    block_m, block_n = 16, 256
+    programs = PREPASS_WAVES * target.sms // triton.cdiv(N, block_n)
+    rows = block_m * power_of_two(M // max(block_m * programs, 1), 1, 64)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "ROWS": rows, "num_warps": 4}
+
+
+@triton.jit
+def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row, column) of a tile, in groups of GROUP_M rows so that neighbouring programs share operands in the L2."""
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP_M * columns) * GROUP_M
+    height = min(rows - first, GROUP_M)
+    inside = tile % (GROUP_M * columns)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def bias_relu(z, b, columns, N, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        z += tl.load(b + columns, mask=columns < N, other=0.0).to(z.dtype)[None, :]
+    return tl.where(z < 0, 0.0, z)
+
+
+@triton.jit
+def linear_relu_kernel(
+    x, w, b, y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; any GPU, any strides."""
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows past the end wrap around: what they load is valid and never stored.
+    x_tile = x + (rows % M).to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
+    w_tile = w + (columns % N).to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+    block_k = tl.full((), BLOCK_K, tl.int64)
+    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACCUMULATOR)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x_block = tl.load(x_tile)
+            w_block = tl.load(w_tile)
+        else:
+            x_block = tl.load(x_tile, mask=k[None, :] < K - start, other=0.0)
+            w_block = tl.load(w_tile, mask=k[:, None] < K - start, other=0.0)
+        z = tl.dot(x_block, w_block, z, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        x_tile += block_k * stride_xk
+        w_tile += block_k * stride_wk
+    z = bias_relu(z, b, columns, N, HAS_BIAS)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], z.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_relu_tma_kernel(
+    x, w, y, b, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr, SUBTILE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Persistent: each program takes every PROGRAMS-th tile. x, w, y are tensor descriptors."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    # Flattening overlaps the epilogue of a tile with the loads of the next.
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        tile_m, tile_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            z = tl.dot(x.load([row, start]), w.load([column, start]).T, z)
+        z = bias_relu(z, b, column + tl.arange(0, BLOCK_N), N, HAS_BIAS)
+        if SUBTILE:  # two half-width stores: the smaller buffer pays for one more stage of loads
+            left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            y.store([row, column], left.to(y.dtype))
+            y.store([row, column + BLOCK_N // 2], right.to(y.dtype))
+        else:
+            y.store([row, column], z.to(y.dtype))
+
+
+@triton.jit
+def relu_backward_kernel(
+    dy, y, dz, partial_db, M, N, stride_dym, stride_dyn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """dz for ROWS rows of BLOCK_N columns, and their sum: row program_id(1) of partial_db (programs, N)."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    column = columns.to(tl.int64)[None, :]
+    db = tl.zeros((BLOCK_N,), dtype=ACCUMULATOR)
+    for start in range(0, ROWS, BLOCK_M):
+        rows = first + start + tl.arange(0, BLOCK_M)
+        row, inside = rows[:, None], (rows < M)[:, None] & (columns < N)[None, :]
+        dy_block = tl.load(dy + row * stride_dym + column * stride_dyn, mask=inside, other=0.0).to(ACCUMULATOR)
+        y_block = tl.load(y + row * stride_ym + column * stride_yn, mask=inside, other=0.0).to(ACCUMULATOR)
+        dz_block = tl.where(y_block <= 0, 0.0, dy_block)
+        tl.store(dz + row * N + column, dz_block.to(dz.dtype.element_ty), mask=inside)
+        if BIAS_GRADIENT:
+            db += tl.sum(dz_block, axis=0)
+    if BIAS_GRADIENT:
+        tl.store(partial_db + tl.program_id(1).to(tl.int64) * N + columns, db, mask=columns < N)
+
+
+def _as_2d(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _accumulator(t: Tensor) -> Any:
+    return tl.float64 if t.dtype == torch.float64 else tl.float32
+
+
+def _fits_tma(t: Tensor) -> bool:
+    aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    return t.stride(1) == 1 and aligned and 0 not in t.shape
+
+
+def _uses_tma(x: Tensor, weight: Tensor) -> bool:
+    """Hopper and later multiply 16-bit operands at full rate only from descriptors, which want 16-byte rows."""
+    target = config.target_of(x.device)
+    wide_rows = weight.shape[0] * x.element_size() % 16 == 0  # y's
+    hopper = target.at_least(90) and not target.at_least(120)
+    return hopper and x.element_size() == 2 and wide_rows and _fits_tma(x) and _fits_tma(weight)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    rows = _as_2d(x)
+    if y.numel():
+        run = _forward_tma if _uses_tma(rows, weight) else _forward
+        run(rows, weight, bias, y.view(rows.shape[0], weight.shape[0]))
+    return y
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    (M, K), N = x.shape, weight.shape[0]
+    chosen = forward_config(x.device, x.dtype, M, N, K, False)
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    launch(
+        linear_relu_kernel, (triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(N, chosen["BLOCK_N"]),),
+        x, weight, bias, y, M, N, K, *x.stride(), *weight.stride(),
+        HAS_BIAS=bias is not None, EVEN_K=K % chosen["BLOCK_K"] == 0, PRECISION="tf32" if tf32 else "ieee",
+        ACCUMULATOR=_accumulator(x), **chosen,
+    )  # fmt: skip
+
+
+def _forward_tma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    (M, K), N = x.shape, weight.shape[0]
+    chosen = forward_config(x.device, x.dtype, M, N, K, True)
+    block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
+    programs = min(config.target_of(x.device).sms, triton.cdiv(M, block_m) * triton.cdiv(N, block_n))
+    descriptors = (
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
+        TensorDescriptor.from_tensor(y, [block_m, block_n // 2 if chosen["SUBTILE"] else block_n]),
+    )
+    launch(
+        linear_relu_tma_kernel, (programs,), *descriptors, bias, M, N, K,
+        PROGRAMS=programs, HAS_BIAS=bias is not None, **chosen,
+    )  # fmt: skip
+
+
+def linear_relu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dz, db = _relu_backward(_as_2d(dy), _as_2d(y), bool(mask[2]))
+    dx = dw = None
+    if mask[0]:
+        dx = x.new_empty(x.shape)
+        torch.mm(dz, weight, out=dx.view(dz.shape[0], weight.shape[1]))
+    if mask[1]:
+        dw = torch.mm(dz.t(), _as_2d(x))
+    return dx, dw, db
+
+
+def _relu_backward(dy: Tensor, y: Tensor, bias_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    M, N = y.shape
+    chosen = prepass_config(y.device, y.dtype, M, N)
+    blocks = triton.cdiv(M, chosen["ROWS"])
+    wide = torch.promote_types(y.dtype, torch.float32)
+    dz, partial_db = y.new_empty((M, N)), y.new_empty((blocks, N) if bias_gradient else (0,), dtype=wide)
+    launch(
+        relu_backward_kernel, (triton.cdiv(N, chosen["BLOCK_N"]), blocks),
+        dy, y, dz, partial_db, M, N, *dy.stride(), *y.stride(),
+        ACCUMULATOR=_accumulator(y), BIAS_GRADIENT=bias_gradient, **chosen,
+    )  # fmt: skip
+    return dz, partial_db.sum(0).to(y.dtype) if bias_gradient else None
+
+
+def explain(name: str, x: Tensor, weight: Tensor, *args: Any) -> str:
+    if name != "linear_relu":
+        return "relu_backward_kernel, then the vendor library's matrix products"
+    rows = _as_2d(x)
+    tma = _uses_tma(rows, weight)
+    sizes = (*rows.shape[:1], *weight.shape, tma)
+    kernel = linear_relu_tma_kernel if tma else linear_relu_kernel
+    chosen = config.written(forward_config(x.device, x.dtype, *sizes))
+    return f"{kernel.__name__}, {chosen}, {forward_config.source(x.device, x.dtype, *sizes)}"
