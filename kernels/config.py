@@ -1,7 +1,7 @@
 """Static choice of configuration: an analytic function of (target, dtype, sizes), which a measured table may override.
 
-A configuration is a dict of a kernel's block sizes with num_warps and num_stages, passed to `launch` as it is. Nothing is measured
-on a user's call.
+A configuration is a dict of a kernel's block sizes with num_warps and num_stages, passed to `launch` as it is. Nothing is
+measured on a user's call.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
 Shapes: x (M, K) for any leading dimensions of the tensor, w (N, K), b (N,), y (M, N). Strides are in elements, named
 stride_<tensor><dimension>. Saved for backward: x, w, y.
 
-Least traffic, s bytes per element: forward (MK + NK + MN) s; backward pre-pass 3 MN s, then two matrix products, 5 MN s + 2 (MK + NK) s
-in all where plain torch moves one MN s more. FLOPs: forward 2 MNK, backward 4 MNK.
+Least traffic, s bytes per element: forward (MK + NK + MN) s; backward 5 MN s + 2 (MK + NK) s, of which the pre-pass moves
+3 MN s (plain torch: 6 MN s). FLOPs: forward 2 MNK, backward 4 MNK.
 
-The backward is one pre-pass, which writes dz and per-block sums for db (added up in a fixed order: deterministic), and two plain
-matrix products, which are the vendor library's.
+The backward is one pre-pass, which writes dz and per-block sums for db (added up in a fixed order: deterministic), and two
+plain matrix products, which are the vendor library's.
 
 Sources: persistent TMA matrix product and grouped tile order after the Triton tutorials 03 and 09.
 """

@@ -20,7 +20,13 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def case(
-    x_shape: tuple[int, ...], n: int, *, bias: bool = True, name: str = "", tags: tuple[str, ...] = (), devices: tuple[str, ...] = ("cpu", "cuda")
+    x_shape: tuple[int, ...],
+    n: int,
+    *,
+    bias: bool = True,
+    name: str = "",
+    tags: tuple[str, ...] = (),
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> Case:
     *leading, k = x_shape
     m = 1
@@ -75,7 +81,11 @@ REFUSED = [
     (lambda: _linear_relu(_ones(2, 3), _ones(4, 5)), RuntimeError, r"x: expected \(\*, 5\)"),
     (lambda: _linear_relu(_ones(2, 3), _ones(3)), RuntimeError, r"weight: expected \(N, K\)"),
     (lambda: _linear_relu(_ones(2, 3), _ones(4, 3).double()), RuntimeError, "weight: expected torch.float32"),
-    (lambda: _linear_relu(_ones(2, 3), _ones(4, 3, device="meta")), RuntimeError, "weight: expected torch.float32 on cpu"),
+    (
+        lambda: _linear_relu(_ones(2, 3), _ones(4, 3, device="meta")),
+        RuntimeError,
+        "weight: expected torch.float32 on cpu",
+    ),
     (lambda: _linear_relu(_ones(2, 3), _ones(4, 3), _ones(3)), RuntimeError, r"bias: expected \(4,\)"),
     (lambda: _linear_relu(_ones(2, 3), _ones(4, 3), _ones(4).double()), RuntimeError, "bias: expected torch.float32"),
     (lambda: _linear_relu(_ones(2, 3).int(), _ones(4, 3).int()), RuntimeError, "floating-point"),

@@ -1,7 +1,7 @@
 """linear_relu in plain torch, for any device.
 
-On AMD processors with AVX-512, float32 products go to oneDNN: MKL, which aten calls, takes its generic path there and reaches half
-of oneDNN's rate (docs/performance.md). oneDNN's fused ReLU turns NaN into 0, so ReLU runs in place after the product.
+On AMD processors with AVX-512, float32 products go to oneDNN: MKL, which aten calls, takes its generic path there and
+reaches half of oneDNN's rate (docs/performance.md). oneDNN's fused ReLU turns NaN into 0, so ReLU runs in place afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN's float32 product beats aten's on this machine: a rule, not a timing, so that results do not vary by run."""
+    """Whether oneDNN's float32 product beats aten's here: a rule and not a timing, so that results do not vary by run."""
     if _onednn is None or not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return False
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):

@@ -2,7 +2,7 @@
 
 torch.library.register_autograd would be shorter, but it fails under torch.func.grad, gives a silent zero in forward-mode
 differentiation when no input requires grad, refuses mutable schemas, and costs more per call (pytorch issues 168393, 170834,
-179652). The private names below exist in torch 2.11 to 2.13; should one go, the import fails, which is better than a silent zero.
+179652). The private names below exist in torch 2.11 to 2.13; should one go, the import fails: better than a silent zero.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def kernel(declaration: Op, overload: Any) -> Callable[..., Any]:
 
     for cls in (Node, Node._backward_cls):  # type: ignore[attr-defined]  # grad_fn and the profiler show these names
         cls.__name__ = cls.__qualname__ = f"{declaration.name}Backward"
-    apply: Any = Node.apply
+    apply: Any = Node.apply  # type: ignore[attr-defined]
 
     def call(keyset: Any, *args: Any) -> Any:
         if _functorch_active():

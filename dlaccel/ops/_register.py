@@ -1,7 +1,7 @@
 """One declaration per operator: `Op(...).register()` makes it known to every PyTorch subsystem.
 
-An op takes positional arguments, no Tensor[], and returns fresh tensors; its first argument decides the backend. The dispatcher
-drops trailing arguments equal to their defaults; they are put back here, so that every declared function gets all of them.
+An op takes positional arguments, no Tensor[], and returns fresh tensors; its first argument decides the backend. The
+dispatcher drops trailing arguments equal to their defaults; here they are put back, so every declared function gets all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dlaccel._version import __version__
 from dlaccel.ops import _autograd
 
 NAMESPACE = "dlaccel"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations die with this object
+LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations die with this object
 REGISTRY: dict[str, Op] = {}  # by operator name; the contract tests loop over it
 LAUNCHES: Counter[tuple[str, str]] = Counter()  # (op, backend): how often it ran there
 

