@@ -75,15 +75,15 @@ def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 
 @triton.jit
-def bias_relu(z, b, columns, N, HAS_BIAS: tl.constexpr):
+def bias_relu(z, b, stride_bn, columns, N, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        z += tl.load(b + columns, mask=columns < N, other=0.0).to(z.dtype)[None, :]
+        z += tl.load(b + columns.to(tl.int64) * stride_bn, mask=columns < N, other=0.0).to(z.dtype)[None, :]
     return tl.where(z < 0, 0.0, z)
 
 
 @triton.jit
 def linear_relu_kernel(
-    x, w, b, y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+    x, w, b, y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
@@ -107,14 +107,14 @@ def linear_relu_kernel(
         z = tl.dot(x_block, w_block, z, input_precision=PRECISION, out_dtype=ACCUMULATOR)
         x_tile += block_k * stride_xk
         w_tile += block_k * stride_wk
-    z = bias_relu(z, b, columns, N, HAS_BIAS)
+    z = bias_relu(z, b, stride_bn, columns, N, HAS_BIAS)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def linear_relu_tma_kernel(
-    x, w, y, b, M, N, K,
+    x, w, y, b, M, N, K, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr, SUBTILE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def linear_relu_tma_kernel(
         z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
             z = tl.dot(x.load([row, start]), w.load([column, start]).T, z)
-        z = bias_relu(z, b, column + tl.arange(0, BLOCK_N), N, HAS_BIAS)
+        z = bias_relu(z, b, stride_bn, column + tl.arange(0, BLOCK_N), N, HAS_BIAS)
         if SUBTILE:  # two half-width stores: the smaller buffer pays for one more stage of loads
             left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
             y.store([row, column], left.to(y.dtype))
@@ -168,6 +168,10 @@ def _accumulator(t: Tensor) -> Any:
     return tl.float64 if t.dtype == torch.float64 else tl.float32
 
 
+def _stride(bias: Tensor | None) -> int:
+    return 1 if bias is None else bias.stride(0)
+
+
 def _fits_tma(t: Tensor) -> bool:
     aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
     return t.stride(1) == 1 and aligned and 0 not in t.shape
@@ -196,7 +200,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     launch(
         linear_relu_kernel, (triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(N, chosen["BLOCK_N"]),),
-        x, weight, bias, y, M, N, K, *x.stride(), *weight.stride(),
+        x, weight, bias, y, M, N, K, *x.stride(), *weight.stride(), _stride(bias),
         HAS_BIAS=bias is not None, EVEN_K=K % chosen["BLOCK_K"] == 0, PRECISION="tf32" if tf32 else "ieee",
         ACCUMULATOR=_accumulator(x), **chosen,
     )  # fmt: skip
@@ -213,7 +217,7 @@ def _forward_tma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> N
         TensorDescriptor.from_tensor(y, [block_m, block_n // 2 if chosen["SUBTILE"] else block_n]),
     )
     launch(
-        linear_relu_tma_kernel, (programs,), *descriptors, bias, M, N, K,
+        linear_relu_tma_kernel, (programs,), *descriptors, bias, M, N, K, _stride(bias),
         PROGRAMS=programs, HAS_BIAS=bias is not None, **chosen,
     )  # fmt: skip
 
