@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +101,12 @@ def _target_of_gpu(index: int) -> Target:
     return Target("cuda", capability, properties.multi_processor_count, shared, 32, properties.name)
 
 
+def cache_directory() -> Path:
+    """Of this user's tuned configurations and inspection reports: $DLACCEL_CACHE_DIR, else $XDG_CACHE_HOME/dlaccel."""
+    chosen = os.environ.get("DLACCEL_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlaccel"
+
+
 class Choice:
     """The configuration of one kernel, by target, dtype and sizes."""
 
@@ -106,11 +114,23 @@ class Choice:
         self.name = name
         self.static = static
         self.candidates: Static | None = None  # (target, dtype, *sizes) -> list of configurations worth measuring
+        self._forced: Config | None = None
         self._cached = functools.lru_cache(maxsize=4096)(self._choose)
         functools.update_wrapper(self, static)
 
     def __call__(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> Config:
+        if self._forced is not None:
+            return self._forced
         return self._cached(target_of(device), dtype, sizes)
+
+    @contextlib.contextmanager
+    def using(self, config: Config) -> Iterator[None]:
+        """Choose this configuration whatever the sizes (tuning, inspection of candidates)."""
+        before, self._forced = self._forced, config
+        try:
+            yield
+        finally:
+            self._forced = before
 
     def _choose(self, target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
         return self.static(target, dtype, *sizes)

@@ -1,0 +1,477 @@
+"""Compile what a launcher would start, for any GPU and without one, and read the machine code.
+
+    launches("linear_relu", "8192x4096x4096", torch.bfloat16, "sm_90")   the launches of a call, forward and backward
+    compile_launches([(launch, "sm_90"), ...])                           a Report for each
+
+The launchers run on `meta` tensors under `launch.recording()`. Triton then specialises the recorded arguments itself, under a
+driver that only names the target, so what is compiled is what a GPU would be given. Spawned processes that never interpret
+do it, and reports are cached by source, target, configuration and Triton version in DLACCEL_CACHE_DIR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlaccel.bench.case import Case, families, implementation
+
+# dlaccel.kernels is imported inside functions: a worker clears TRITON_INTERPRET first.
+if TYPE_CHECKING:
+    from dlaccel.kernels.launch import Launch
+
+
+# --- from a case to launches ---
+
+
+class _OnKernels(TorchDispatchMode):
+    """Runs every dlaccel operator by the launchers of its Triton kernels, whatever the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        from dlaccel.ops._register import NAMESPACE, REGISTRY
+
+        if func.namespace == NAMESPACE:
+            op = REGISTRY[func.__name__.partition(".")[0]]
+            if op.has_kernel:
+                args = op.filled(args)
+                problem = op.unsupported(*args) if op.unsupported is not None else None
+                if problem is not None:
+                    raise NoKernel(f"{op.name}: {problem}")
+                return getattr(op.floor("triton"), op.name)(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class NoKernel(Exception):
+    """The Triton kernels do not take this call."""
+
+
+def find_case(op: str, name: str) -> Case:
+    module = families()[op]
+    for case in itertools.chain(module.CASES, module.SAMPLES):
+        if case.name == name:
+            return case  # type: ignore[no-any-return]
+    raise ValueError(f"case: {op} has no case {name!r}")
+
+
+def meta_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The tensors of one call without their storage: shapes, strides, offsets and dtypes as `case.inputs` makes them."""
+    with FakeTensorMode():
+        tensors = case.make(torch.Generator().manual_seed(0), dtype)
+    metas = tuple(_meta(*_described(t)) for t in tensors)
+    for i in case.differentiable(metas):
+        metas[i].requires_grad_()
+    return metas
+
+
+def launches(op: str, case: Case | str, dtype: torch.dtype, target: str, backward: bool = True) -> list[Launch]:
+    """What the Triton kernels would start for a call on `target` ("sm_90"): the forward, then the backward for all gradients.
+
+    op: a function of dlaccel.functional. case: of bench/cases/<op>.py, or its name. Raises NoKernel where they do not take it.
+    """
+    from dlaccel.kernels import config, launch
+
+    if isinstance(case, str):
+        case = find_case(op, case)
+    tensors = meta_inputs(case, dtype)
+    with config.assume(config.TARGETS[target]), launch.recording() as recorded, _OnKernels():
+        y = case.call(implementation(op), *tensors)
+        wanted = [t for t in tensors if t.requires_grad]
+        if backward and wanted:
+            torch.autograd.grad(y, wanted, torch.empty_like(y), allow_unused=True)
+    return recorded
+
+
+# --- reports ---
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one launch on one target. Counts are of instructions in the code, not of executions."""
+
+    kernel: str
+    target: str
+    triton: str
+    status: str = "ok"  # ok | spills | too_large (shared memory beyond the device's) | failed
+    reason: str = ""
+    registers: int = 0  # per thread; AMD: VGPRs, accumulator registers included
+    spills: int = 0  # local loads and stores (NVIDIA), spilled VGPRs (AMD)
+    stack_bytes: int = 0  # per thread
+    shared_bytes: int = 0  # per block
+    warps: int = 0  # per block
+    stages: int = 0
+    blocks_per_sm: int = 0  # resident blocks that registers, shared memory and warps allow
+    dots: int = 0  # tl.dot in the source, as Triton sees it
+    tensor_core_ops: int = 0
+    tf32_ops: int = 0  # those of them that round float32 operands (TF32, AMD's XF32)
+    tma_loads: int = 0
+    tma_stores: int = 0
+    async_copies: int = 0  # global to shared memory without registers (cp.async)
+    vector_loads: int = 0  # global, 16 bytes a thread; async copies included, TMA not
+    vector_stores: int = 0
+    half_vector_accesses: int = 0  # global, 8 bytes a thread
+    scalar_accesses: int = 0  # global, at most 4 bytes a thread
+    atomics: int = 0  # floating-point or integer, global
+    instructions: int = 0
+    loop_instructions: int = 0  # those inside loops
+    nan_dropping: int = 0  # maxima and minima that lose a NaN operand
+
+    @property
+    def warps_per_sm(self) -> int:
+        return self.blocks_per_sm * self.warps
+
+
+def compile_launch(launch: Launch, target: str) -> Report:
+    """The report of one launch; see compile_launches."""
+    return compile_launches([(launch, target)])[0]
+
+
+def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None = None) -> list[Report]:
+    """Compile each launch for its target in spawned processes (default: one per usable core) and read the result.
+
+    Launches that Triton would compile to the same code are compiled once. A failed compilation is a Report too.
+    """
+    keys = [_key(launch, target) for launch, target in jobs]
+    found: dict[str, Report] = {}
+    missing: dict[str, tuple[bytes, str, str]] = {}
+    for key, (launch, target) in zip(keys, jobs, strict=True):
+        if key in found or key in missing:
+            continue
+        cached = _read(key)
+        if cached is not None:
+            found[key] = cached
+        else:
+            missing[key] = (_pickled(launch), launch.name, target)
+    if missing:
+        count = min(processes or len(os.sched_getaffinity(0)), len(missing))
+        for key, report in _compile_all(missing, count):
+            found[key] = report
+            _write(key, report)
+    return [found[key] for key in keys]
+
+
+def _compile_all(missing: dict[str, tuple[bytes, str, str]], processes: int) -> Iterator[tuple[str, Report]]:
+    """Yields each report when it is there. A compiler that aborts takes its pool along: what is left runs one to a pool."""
+    with tempfile.TemporaryDirectory(prefix="dlaccel-triton-") as folder:
+        left = dict(missing)
+        with contextlib.suppress(BrokenProcessPool), _pool(processes, folder) as pool:
+            futures: dict[str, Future[Report]] = {key: pool.submit(_compile, *job) for key, job in missing.items()}
+            for key, future in futures.items():
+                report = future.result()
+                del left[key]
+                yield key, report
+        for key, job in left.items():
+            try:
+                with _pool(1, folder) as pool:
+                    yield key, pool.submit(_compile, *job).result()
+            except BrokenProcessPool:
+                yield key, Report(job[1], job[2], _triton_version(), "failed", "the compiler aborted")
+
+
+def _pool(processes: int, folder: str) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(folder,))
+
+
+# --- what identifies the compiled code ---
+
+_VERSION = 1  # of Report and of the reading below
+
+
+def _key(launch: Launch, target: str) -> str:
+    arguments = [_specialised(a) for a in launch.args]
+    options = sorted((name, str(value)) for name, value in launch.options.items())
+    module = launch.kernel.fn.__module__
+    parts = (_VERSION, _source_hash(module), _triton_version(), target, module, launch.name, arguments, options)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _specialised(value: Any) -> Any:
+    """What the compiled code may depend on in an argument: a refinement of Triton's own rules."""
+    if isinstance(value, Tensor):
+        small = value.untyped_storage().nbytes() < 2**31  # AMD: 32-bit offsets
+        return str(value.dtype), value.data_ptr() % 16 == 0, small
+    if isinstance(value, bool) or value is None:
+        return repr(value)
+    if isinstance(value, int):
+        return "one" if value == 1 else ("int", value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63)
+    if isinstance(value, float):
+        return "float"
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return str(value.base.dtype), [
+            getattr(value, f.name) for f in fields(value) if f.name not in ("base", "shape", "strides")
+        ]
+    return repr(value)
+
+
+@functools.cache
+def _source_hash(module: str) -> str:
+    """Of the kernel's file and its neighbours, whose helpers it may call."""
+    file = importlib.import_module(module).__file__
+    assert file is not None
+    digest = hashlib.sha256()
+    neighbours = sorted(Path(file).parent.glob("*.py")) if module.startswith("dlaccel.kernels.") else [Path(file)]
+    for path in neighbours:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def _cache_file(key: str) -> Path:
+    from dlaccel.kernels.config import cache_directory
+
+    return cache_directory() / "inspect" / f"{key}.json"
+
+
+def _read(key: str) -> Report | None:
+    try:
+        return Report(**json.loads(_cache_file(key).read_text()))
+    except (OSError, ValueError, TypeError):  # absent, damaged, or of another version
+        return None
+
+
+def _write(key: str, report: Report) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+        path = _cache_file(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(asdict(report)))
+        scratch.replace(path)
+
+
+# --- to the workers: kernels by name, tensors without storage ---
+
+
+def _described(t: Tensor) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int, int]:
+    return t.dtype, tuple(t.shape), t.stride(), int(t.storage_offset()), t.untyped_storage().nbytes() // t.element_size()
+
+
+def _meta(dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], offset: int, elements: int) -> Tensor:
+    return torch.empty(elements, dtype=dtype, device="meta").as_strided(size, stride, offset)
+
+
+def _kernel(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        from triton.runtime import KernelInterface
+
+        if isinstance(value, Tensor):
+            return _meta, _described(value)
+        if isinstance(value, KernelInterface):
+            return _kernel, (value.fn.__module__, value.fn.__name__)
+        return NotImplemented
+
+
+def _pickled(launch: Launch) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump((launch.kernel, launch.grid, launch.args, launch.options))
+    return buffer.getvalue()
+
+
+# --- in a worker ---
+
+
+class _NamesATarget:
+    """A driver that answers what Triton asks before it compiles, and can launch nothing."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # keys the compiled kernels of a JITFunction
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def _start_worker(folder: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = folder
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default of every version so far; 3.9 warns when it is not said
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nothing:  # ptxas and LLVM print whole programs when they fail
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+
+
+def _compile(pickled: bytes, name: str, target: str) -> Report:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from dlaccel.kernels.config import TARGETS
+
+    device = TARGETS[target]
+    driver.set_active(_NamesATarget(GPUTarget(device.backend, device.arch, device.warp)))
+    try:
+        kernel, grid, args, options = pickle.loads(pickled)
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        found = _read_nvidia(compiled) if device.backend == "cuda" else _read_amd(compiled)
+    except Exception as error:
+        lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+        return Report(name, target, _triton_version(), "failed", " ".join(lines)[:300])
+    metadata = compiled.metadata
+    found |= {
+        "shared_bytes": metadata.shared,
+        "warps": metadata.num_warps,
+        "stages": metadata.num_stages,
+        "dots": len(re.findall(r"\btt\.dot\b", str(compiled.asm["ttir"]))),
+        "nan_dropping": len(re.findall(r"arith\.(?:max|min)numf|propagateNan = none", str(compiled.asm["ttir"]))),
+    }
+    status, reason = "ok", ""
+    if metadata.shared > device.shared:
+        status, reason = "too_large", f"{metadata.shared} bytes of shared memory, {target} has {device.shared}"
+    elif found["spills"] or found["stack_bytes"]:
+        status, reason = "spills", f"{found['spills']} spills, {found['stack_bytes']} bytes of stack"
+    blocks = blocks_per_sm(target, found["registers"], metadata.num_warps, metadata.shared)
+    return Report(name, target, _triton_version(), status, reason, blocks_per_sm=blocks, **found)
+
+
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:.*?0x([0-9a-f]+))?")
+
+
+def _read_nvidia(compiled: Any) -> dict[str, int]:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert usage is not None, "cuobjdump printed no resource usage"
+    code = [
+        (int(a, 16), op, int(t, 16) if t and op.startswith("BRA") else None) for a, op, t in _SASS.findall(text) if op != "NOP"
+    ]
+    accesses = [_nvidia_access(op) for _, op, _ in code]
+    ops = Counter(op.partition(".")[0] for _, op, _ in code)
+    loops = [(to, at) for at, _, to in code if to is not None and to < at]
+    return {
+        "registers": int(usage[1]),
+        "stack_bytes": int(usage[2]),
+        "spills": ops["STL"] + ops["LDL"],
+        "tensor_core_ops": sum(n for op, n in ops.items() if op.endswith("MMA") and op != "HFMA2"),
+        "tf32_ops": sum("TF32" in op for _, op, _ in code if "MMA" in op),
+        "tma_loads": ops["UTMALDG"],
+        "tma_stores": ops["UTMASTG"],
+        "async_copies": ops["LDGSTS"],
+        "atomics": ops["ATOMG"] + ops["RED"] + ops["ATOM"],
+        "instructions": len(code),
+        "loop_instructions": sum(any(first <= at <= last for first, last in loops) for at, _, _ in code),
+        **_by_width(accesses),
+    }
+
+
+def _nvidia_access(op: str) -> tuple[str, int]:
+    """("load" | "store" | "", bytes) of a global access."""
+    head, *parts = op.split(".")
+    kind = {"LDG": "load", "LDGSTS": "load", "LD": "load", "STG": "store", "ST": "store"}.get(head, "")
+    width = next((int(p) // 8 for p in parts if p in ("256", "128", "64")), 4)
+    return kind, width
+
+
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
+_AMD_WIDTHS = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8}
+
+
+def _read_amd(compiled: Any) -> dict[str, int]:
+    text = str(compiled.asm["amdgcn"])
+
+    def metadata(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    lines, labels, loops = [], {}, []  # instructions; label -> index of the next one; (first, last) of loops
+    for line in text.splitlines():
+        label, op = re.match(r"(\.LBB\w+):", line), re.match(r"\s+([a-z]\w+)(.*)", line)
+        if label:
+            labels[label[1]] = len(lines)
+        elif op and not op[1].startswith(("s_nop", "s_code_end")):
+            if op[1].startswith(("s_cbranch", "s_branch")) and op[2].strip() in labels:
+                loops.append((labels[op[2].strip()], len(lines)))
+            lines.append(op[1])
+    accesses = [(m[1], _AMD_WIDTHS.get(m[2].split("_")[0], 4)) for m in map(_AMD_ACCESS.match, lines) if m]
+    return {
+        "registers": metadata("vgpr_count"),
+        "stack_bytes": metadata("private_segment_fixed_size"),
+        "spills": metadata("vgpr_spill_count"),
+        "tensor_core_ops": sum(op.startswith(("v_mfma", "v_smfmac", "v_wmma", "v_swmmac")) for op in lines),
+        "tf32_ops": sum(op.startswith("v_mfma") and "xf32" in op for op in lines),
+        "atomics": sum("_atomic_" in op for op in lines),
+        "instructions": len(lines),
+        "loop_instructions": sum(any(first <= i <= last for first, last in loops) for i in range(len(lines))),
+        **_by_width(accesses),
+    }
+
+
+def _by_width(accesses: list[tuple[str, int]]) -> dict[str, int]:
+    return {
+        "vector_loads": sum(kind == "load" and width >= 16 for kind, width in accesses),
+        "vector_stores": sum(kind == "store" and width >= 16 for kind, width in accesses),
+        "half_vector_accesses": sum(kind != "" and 4 < width < 16 for kind, width in accesses),
+        "scalar_accesses": sum(kind != "" and width <= 4 for kind, width in accesses),
+    }
+
+
+# --- occupancy ---
+
+# Per multiprocessor: warps, blocks, bytes of shared memory (CUDA programming guide, table of compute capabilities).
+_NVIDIA_SM = {
+    80: (64, 32, 164),
+    86: (48, 16, 100),
+    89: (48, 24, 100),
+    90: (64, 32, 228),
+    100: (64, 32, 228),
+    120: (48, 24, 100),
+}
+
+
+def blocks_per_sm(target: str, registers: int, warps: int, shared: int) -> int:
+    """Blocks of `warps` warps that a multiprocessor holds at once."""
+    from dlaccel.kernels.config import TARGETS
+
+    device = TARGETS[target]
+    if device.backend == "cuda":
+        assert isinstance(device.arch, int)
+        most_warps, most_blocks, kilobytes = _NVIDIA_SM[device.arch]
+        by_registers = 65536 // (-(-max(registers, 1) // 8) * 8 * 32) // warps  # allocated in units of 8 a thread
+        by_shared = kilobytes * 1024 // (shared + 1024)  # 1 KB of each block is the system's
+        return min(by_registers, by_shared, most_blocks, most_warps // warps)
+    # AMD: SIMDs of a compute unit; registers a SIMD has for each lane, their granule; waves of a SIMD (CDNA3, RDNA3 ISA).
+    simds, file, granule, waves = (4, 512, 8, 8) if device.warp == 64 else (2, 1536, 24, 16)
+    per_simd = min(file // (-(-max(registers, 1) // granule) * granule), waves)
+    by_shared = device.shared // shared if shared else 32
+    return min(per_simd * simds // warps, by_shared, 32)
