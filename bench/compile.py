@@ -95,7 +95,7 @@ def launches(op: str, case: Case | str, dtype: torch.dtype, target: str, backwar
     if isinstance(case, str):
         case = find_case(op, case)
     tensors = meta_inputs(case, dtype)
-    with config.assume(config.TARGETS[target]), launch.recording() as recorded, _OnKernels():
+    with config.assume(config.TARGETS[target]), launch.recording() as recorded, _OnKernels():  # type: ignore[no-untyped-call]
         y = case.call(implementation(op), *tensors)
         wanted = [t for t in tensors if t.requires_grad]
         if backward and wanted:
@@ -414,7 +414,9 @@ def _read_amd(compiled: Any) -> dict[str, int]:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found[1]) if found else 0
 
-    lines, labels, loops = [], {}, []  # instructions; label -> index of the next one; (first, last) of loops
+    lines: list[str] = []  # instructions
+    labels: dict[str, int] = {}  # index of the next instruction
+    loops: list[tuple[int, int]] = []  # first and last
     for line in text.splitlines():
         label, op = re.match(r"(\.LBB\w+):", line), re.match(r"\s+([a-z]\w+)(.*)", line)
         if label:
