@@ -336,7 +336,7 @@ def refused_under_vmap(sample: Case, name: str) -> bool:
 @over(SMALL_NONEMPTY, "torch")
 def test_transforms(sample: Case, backend: str, transform: str) -> None:
     if refused_under_vmap(sample, transform):  # one state for many samples: aten refuses it too
-        with pytest.raises(Exception, match="batched|batch it too|in-?place"):
+        with pytest.raises(Exception, match=r"batched|batch it too|in-?place"):
             run_transform(TRANSFORMS[transform], sample)
     else:
         run_transform(TRANSFORMS[transform], sample)
