@@ -16,6 +16,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from dlaccel.bench.accuracy import close_enough
 
 Function = Callable[..., Tensor]
 
+ROOT = Path(__file__).resolve().parents[1]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 
