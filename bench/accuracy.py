@@ -57,7 +57,7 @@ def close_enough(
     got, exact = got.detach(), exact.detach().to(got.device)
     eager = exact.to(got.dtype) if eager is None else eager.detach()  # rounded once: as good as a result can be
     finite = eager.isfinite()
-    if not finite.all() or not got.isfinite().all():
+    if not (finite.all() and got.isfinite().all() and exact.isfinite().all()):
         for name, test in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
             if (bad := test(got) != test(eager)).any():
                 return _first(bad, f"{name} in one of the two", got, eager)
