@@ -1,0 +1,197 @@
+"""The command line: `python -m dlaccel.bench` or `dlaccel-bench`. Exit codes: see EXIT."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+
+from dlaccel.bench import provider, results, run, summary, timing
+from dlaccel.bench.case import Case, families
+from dlaccel.bench.gate import MODES
+
+OK, REGRESSION, USAGE, INCORRECT, NOTHING = range(5)
+EXIT = "exit codes: 0 ok, 1 a row is slower (compare), 2 usage, 3 dlaccel gave a wrong result, 4 nothing was measured"
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+
+EXAMPLES = """\
+examples:
+  python -m dlaccel.bench list
+  python -m dlaccel.bench run --preset quick
+  python -m dlaccel.bench run --op linear_relu --dtype bf16 --mode train --provider dlaccel,compile
+  python -m dlaccel.bench run --op batch_norm --provider dlaccel,./mine.py     # a provider of your own
+  python -m dlaccel.bench run --preset full --budget 540 --resume --out results/laptop
+  python -m dlaccel.bench verify --op cross_entropy
+  python -m dlaccel.bench compare results/previous.jsonl results
+  python -m dlaccel.bench report results
+"""
+
+
+class UsageError(Exception):
+    """The command line asks for something that is not there."""
+
+
+def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
+    """`asked`, if all of them are known."""
+    known = list(known)
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise UsageError(f"unknown {what} {name!r}{hint}; known: {', '.join(known) or 'none'}")
+    return list(asked)
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.replace(",", " ").split() if word]
+
+
+def selection(args: argparse.Namespace) -> tuple[run.Selection, dict[str, ModuleType]]:
+    """What the options select. Raises UsageError naming what is valid."""
+    known = families()
+    ops = choose("op", args.op, known)
+    cases = [case for op in ops or known for case in known[op].CASES]
+    names = {str(case) for case in cases} | {case.name for case in cases}
+    for name in args.case:
+        if not any(name in known_name for known_name in names):
+            choose("case", [name], sorted(str(case) for case in cases))
+    for name in args.provider:
+        if not (name.endswith(".py") and Path(name).is_file()):
+            choose("provider", [name], provider.names())
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device")
+    return run.Selection(
+        preset=args.preset,
+        ops=ops,
+        cases=[name.split("/")[-1] for name in args.case],
+        providers=args.provider,
+        device=args.device,
+        dtypes=[DTYPES[name] for name in choose("dtype", args.dtype, DTYPES)],
+        layouts=choose("layout", args.layout, sorted({case.layout for case in cases})),
+        modes=choose("mode", args.mode, MODES),
+        allocators=choose("allocator", args.allocator, ("tuned", "default")),
+    ), known
+
+
+def progress(plan: list[tuple[Case, str]]) -> Iterable[tuple[Case, str]]:
+    """A progress bar over the cases, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for i, item in enumerate(plan, start=1):
+            print(f"[{i}/{len(plan)}] {item[0]} {item[1]}", file=sys.stderr)
+            yield item
+        return
+    with tqdm(total=len(plan), unit="case", disable=None, dynamic_ncols=True) as bar:
+        for item in plan:
+            bar.set_postfix_str(f"{item[0]} {item[1]}")
+            yield item
+            bar.update()
+
+
+def do_list(args: argparse.Namespace) -> int:
+    what = choose("list", args.what, ("ops", "cases", "providers", "claims")) or ["ops", "providers", "claims"]
+    known = families()
+    if "ops" in what:
+        print(summary.table(("op", "cases", "goal rows", "samples"), [
+            (op, str(len(f.CASES)), str(sum("goal" in c.tags for c in f.CASES)), str(len(f.SAMPLES))) for op, f in known.items()
+        ]), end="\n\n")  # fmt: skip
+    if "cases" in what:
+        print(summary.table(("case", "layout", "modes", "dtypes", "devices", "tags"), [
+            (str(c), c.layout, " ".join(c.modes), " ".join(c.dtypes), " ".join(c.devices), " ".join(sorted(c.tags)))
+            for f in known.values() for c in f.CASES
+        ]), end="\n\n")  # fmt: skip
+    if "providers" in what:
+        found = [provider.load(name) for name in provider.names()]
+        print(summary.table(("provider", "version", "available"), [(p.name, p.version, p.available() or "yes") for p in found]), end="\n\n")
+    if "claims" in what:
+        try:
+            importlib.import_module("dlaccel.bench.claims.cli").do_list()
+        except ImportError as error:
+            print(f"claims: not available ({error})")
+    return OK
+
+
+def do_run(args: argparse.Namespace) -> int:
+    chosen, known = selection(args)
+    try:
+        rows = run.run(
+            chosen, known, args.out, resume=args.resume, budget=args.budget, threads=args.threads, clock=args.clock,
+            precision="tf32" if args.tf32 else "ieee", seed=args.seed, progress=progress, say=lambda text: print(text, flush=True),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was measured is in {args.out / 'bench.jsonl'} and --resume continues", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"cannot write {args.out / 'bench.jsonl'}: {error.strerror or error}; what was written before is kept", file=sys.stderr)
+        return USAGE
+    print(summary.text(rows), end="\n\n")
+    print(f"{len(rows)} rows in {args.out / 'bench.jsonl'}")
+    return exit_code(rows)
+
+
+def exit_code(rows: Sequence[results.Row]) -> int:
+    if any(row.provider == "dlaccel" and row.status == "failed" for row in rows):
+        return INCORRECT
+    return OK if any(row.timed for row in rows) else NOTHING
+
+
+def parser() -> argparse.ArgumentParser:
+    new = argparse.ArgumentParser(
+        prog="python -m dlaccel.bench", description="Checks dlaccel against float64, then times it against torch and other libraries.",
+        epilog=f"{EXAMPLES}\n{EXIT}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    verbs = new.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, help: str, do: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, epilog=EXIT, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(do=do)
+        return sub
+
+    def many(sub: argparse.ArgumentParser, *names: str) -> None:
+        for name in names:
+            sub.add_argument(f"--{name}", f"--{name}s", type=words, default=[], metavar=f"{name.upper()}[,...]", dest=name)
+
+    sub = verb("list", "ops, cases, providers and claims; for what is not available, why", do_list)
+    sub.add_argument("what", nargs="*", help="ops, cases, providers, claims (default: all but cases)")
+
+    sub = verb("run", "check, then time", do_run)
+    many(sub, "op", "case", "provider", "dtype", "layout", "mode", "allocator")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    sub.add_argument("--preset", choices=tuple(run.PRESETS), default="default", help="how much to measure (default: default)")
+    sub.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing new after this; the most valuable rows come first")
+    sub.add_argument("--resume", action="store_true", help="keep the rows in DIR and measure what is missing")
+    sub.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    sub.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products, for every provider")
+    sub.add_argument("--threads", type=int, help="default: all cores on a quiet machine, else 1")
+    sub.add_argument("--clock", choices=tuple(timing.CLOCKS), help="default: wall on a quiet machine, else thread (CPU only)")
+    sub.add_argument("--seed", type=int, default=0)
+    return new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    do: Callable[[argparse.Namespace], int] = args.do
+    try:
+        return do(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+
+
+def run_main() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run_main()
