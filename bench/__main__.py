@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
 
 import torch
 
@@ -18,8 +17,10 @@ from dlaccel.bench.case import Case, families
 from dlaccel.bench.gate import MODES
 
 OK, REGRESSION, USAGE, INCORRECT, NOTHING = range(5)
+INTERRUPTED = 130
 EXIT = "exit codes: 0 ok, 1 a row is slower (compare), 2 usage, 3 dlaccel gave a wrong result, 4 nothing was measured"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES |= {name: name for name in DTYPES.values()}
 
 EXAMPLES = """\
 examples:
@@ -110,7 +111,8 @@ def do_list(args: argparse.Namespace) -> int:
         ]), end="\n\n")  # fmt: skip
     if "providers" in what:
         found = [provider.load(name) for name in provider.names()]
-        print(summary.table(("provider", "version", "available"), [(p.name, p.version, p.available() or "yes") for p in found]), end="\n\n")
+        lines = [(p.name, p.version, p.available() or "yes") for p in found]
+        print(summary.table(("provider", "version", "available"), lines), end="\n\n")
     if "claims" in what:
         try:
             importlib.import_module("dlaccel.bench.claims.cli").do_list()
@@ -121,19 +123,20 @@ def do_list(args: argparse.Namespace) -> int:
 
 def do_run(args: argparse.Namespace) -> int:
     chosen, known = selection(args)
+    path = args.out / "bench.jsonl"
     try:
         rows = run.run(
             chosen, known, args.out, resume=args.resume, budget=args.budget, threads=args.threads, clock=args.clock,
-            precision="tf32" if args.tf32 else "ieee", seed=args.seed, progress=progress, say=lambda text: print(text, flush=True),
+            precision="tf32" if args.tf32 else "ieee", seed=args.seed, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was measured is in {args.out / 'bench.jsonl'} and --resume continues", file=sys.stderr)
-        return 130
+        print(f"\ninterrupted; what was measured is in {path}, and --resume continues", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
-        print(f"cannot write {args.out / 'bench.jsonl'}: {error.strerror or error}; what was written before is kept", file=sys.stderr)
+        print(f"cannot write {path}: {error.strerror or error}; what was written before is kept", file=sys.stderr)
         return USAGE
     print(summary.text(rows), end="\n\n")
-    print(f"{len(rows)} rows in {args.out / 'bench.jsonl'}")
+    print(f"{len(rows)} rows in {path}")
     return exit_code(rows)
 
 
@@ -145,13 +148,13 @@ def exit_code(rows: Sequence[results.Row]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
-        prog="python -m dlaccel.bench", description="Checks dlaccel against float64, then times it against torch and other libraries.",
+        prog="python -m dlaccel.bench", description="Checks against float64, then times against torch and other libraries.",
         epilog=f"{EXAMPLES}\n{EXIT}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     verbs = new.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, help: str, do: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=help, description=help, epilog=EXIT, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = verbs.add_parser(name, help=help, description=help, epilog=EXIT)
         sub.set_defaults(do=do)
         return sub
 
@@ -166,7 +169,9 @@ def parser() -> argparse.ArgumentParser:
     many(sub, "op", "case", "provider", "dtype", "layout", "mode", "allocator")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     sub.add_argument("--preset", choices=tuple(run.PRESETS), default="default", help="how much to measure (default: default)")
-    sub.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing new after this; the most valuable rows come first")
+    sub.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="begin nothing new after this; the most valuable rows come first"
+    )
     sub.add_argument("--resume", action="store_true", help="keep the rows in DIR and measure what is missing")
     sub.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     sub.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products, for every provider")
@@ -189,9 +194,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
 
 
-def run_main() -> NoReturn:
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    run_main()
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 An implementation runs on fresh inputs, at the shape, dtype and layout that will be timed, with uninitialised memory filled
 with NaN. Every output (result, gradients, updated state) must be as near to float64 as eager's (`accuracy.close_enough`), and
-every other input must be what it was. Two sets of inputs are used in turn, so that an answer kept from an earlier call is wrong.
+every other input must be what it was. Two sets of inputs take turns, so that an answer kept from an earlier call is wrong.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ class Row:
     @property
     def resume_key(self) -> Key:
         """Rows with equal resume keys need not be measured again."""
-        return (*self.key, *self.environment.values(), self.torch, self.triton, self.git_sha, str(self.git_dirty), str(self.seed))
+        versions = (self.torch, self.triton, self.git_sha, str(self.git_dirty))
+        return (*self.key, *self.environment.values(), *versions, str(self.seed))
 
 
 _TIMES = ("samples_ms", "eager_samples_ms", "median_ms", "p20_ms", "p80_ms", "ratio", "ratio_p20", "ratio_p80",
@@ -230,7 +231,7 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         # A run that was killed may have left half a line: end it, so that it spoils no row but itself.
         if self._file.tell() and path.read_bytes()[-1:] != b"\n":
             self._file.write(b"\n")
@@ -238,10 +239,11 @@ class Writer:
     def write(self, row: Row | Mapping[str, Any]) -> None:
         """Raises OSError when the disk is full, after taking back the half-written line."""
         line = json.dumps(asdict(row) if isinstance(row, Row) else dict(row)) + "\n"
-        start = self._file.tell()
+        start = self._file.seek(0, os.SEEK_END)
+        rest = line.encode()
         try:
-            self._file.write(line.encode())
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError:
             os.ftruncate(self._file.fileno(), start)
             raise

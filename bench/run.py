@@ -90,9 +90,9 @@ def spawn(job: Job, *, timeout: float = TIMEOUT) -> Iterator[dict[str, Any]]:
     root = str(Path(results.__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dlaccel.bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
-        )
+        command = [sys.executable, "-m", "dlaccel.bench.worker"]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env)
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(timeout, process.kill)
         timer.start()
@@ -111,7 +111,8 @@ def spawn(job: Job, *, timeout: float = TIMEOUT) -> Iterator[dict[str, Any]]:
             log.seek(0)
             last = [line for line in log.read().splitlines() if line.strip()][-1:] or [""]
             late = time.monotonic() - begin >= timeout
-            raise RuntimeError(f"no answer within {timeout:.0f} s" if late else f"the process ended with {code}: {last[0].strip()[:300]}")
+            ending = f"no answer within {timeout:.0f} s" if late else f"the process ended with {code}: {last[0].strip()[:300]}"
+            raise RuntimeError(ending)
 
 
 def run(
@@ -146,11 +147,10 @@ def run(
 
     measured_by, cores = timing.clock_and_threads(selection.device)
     clock = clock or measured_by
-    environment = results.provenance(
-        selection.device, threads=threads or (1 if clock == "thread" else cores), clock=clock, precision=precision, seed=seed
-    )
-    say(f"{environment['gpu'] or environment['cpu']}; {environment['threads']} threads, {clock} clock, load {os.getloadavg()[0]:.2f}; "
-        f"torch {environment['torch']}, triton {environment['triton'] or 'absent'}")  # fmt: skip
+    threads = threads or (1 if clock == "thread" else cores)
+    environment = results.provenance(selection.device, threads=threads, clock=clock, precision=precision, seed=seed)
+    say(f"{environment['gpu'] or environment['cpu']}; {threads} threads, {clock} clock, load {os.getloadavg()[0]:.2f}")
+    say(f"torch {environment['torch']}, triton {environment['triton'] or 'absent'}")
     have = {row.resume_key for row in kept if row.status != "unavailable"}
     names: dict[str, str] = {}  # of providers, by how they were asked for
     allocators = ["cuda"] if selection.device == "cuda" else selection.allocators or PRESETS[selection.preset].allocators
@@ -174,8 +174,10 @@ def run(
                 continue
             if roof is None:
                 roof = next(iter(worker(Job(environment=environment, allocator="tuned"))))
-            job = Job(op=case.op, case=case.name, wanted=wanted, environment=environment, allocator=allocator, seconds=effort.seconds,
-                      rounds=effort.rounds, deadline=deadline, ceilings=roof)  # fmt: skip
+            job = Job(
+                op=case.op, case=case.name, wanted=wanted, environment=environment, allocator=allocator,
+                seconds=effort.seconds, rounds=effort.rounds, deadline=deadline, ceilings=roof,
+            )  # fmt: skip
             missing = {_keyed(blank, w, names).key: _keyed(blank, w, names) for w in wanted}
             try:
                 for answer in worker(job):

@@ -35,24 +35,28 @@ def geometric_means(rows: Iterable[Row]) -> list[tuple[str, float, int]]:
     groups: dict[str, list[float]] = {}
     for row in rows:
         if row.status == "passed" and "goal" in row.tags and row.provider != "eager" and row.ratio:
-            allocator = "" if row.allocator in ("tuned", "cuda") else f", {row.allocator} allocator"
+            allocator = ", default allocator" if row.allocator == "default" else ""
             layout = "" if row.layout == "contiguous" else f" {row.layout}"
             what = f"{row.provider}: {row.op} {row.dtype}{layout} {row.mode} on {row.device}{allocator}"
             groups.setdefault(what, []).append(row.ratio)
     return [(what, math.exp(sum(map(math.log, r)) / len(r)), len(r)) for what, r in sorted(groups.items())]
 
 
-HEADERS = ("op/case", "dtype", "mode", "provider", "eager ms", "ms", "ratio", "p20-p80", "eager/eager", "rate", "% floor", "memory", "verdict")
+HEADERS = (
+    "op/case", "dtype", "mode", "provider", "eager ms", "ms", "ratio", "p20-p80", "eager/eager", "rate", "% floor", "memory",
+    "verdict",
+)  # fmt: skip
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """One line of the table."""
-    name = f"{row.op}/{row.case}" + ("" if row.allocator in ("tuned", "cuda", "") else f" [{row.allocator}]")
+    name = f"{row.op}/{row.case}" + (" [default allocator]" if row.allocator == "default" else "")
     start = (name, row.dtype, row.mode, row.provider)
     if not row.timed:
         return (*start, *[""] * (len(HEADERS) - len(start) - 1), verdict(row))
     assert row.median_ms is not None and row.ratio is not None
-    memory = row.peak_memory_bytes / row.eager_peak_memory_bytes if row.peak_memory_bytes and row.eager_peak_memory_bytes else None
+    eager_memory = row.eager_peak_memory_bytes
+    memory = row.peak_memory_bytes / eager_memory if row.peak_memory_bytes and eager_memory else None
     return (
         *start, f"{eager_ms(row):.3g}", f"{row.median_ms:.3g}", f"{row.ratio:.2f}", _span(row.ratio_p20, row.ratio_p80),
         _span(row.control_p20, row.control_p80), _rate(row), f"{row.pct_of_floor:.0f}" if row.pct_of_floor else "",

@@ -68,9 +68,10 @@ def rows(job: Job, case: Case, eager: Any, reference: Any, providers: Mapping[st
         try:
             if dtype not in values:
                 values.clear()  # one dtype's at a time: these are large
+                seeds = (job.environment["seed"], job.environment["seed"] + 1)
                 values[dtype] = [
-                    gate.values_of(case, getattr(torch, dtype), base.device, job.environment["seed"] + i, eager=eager, reference=reference)
-                    for i in range(2)
+                    gate.values_of(case, getattr(torch, dtype), base.device, seed, eager=eager, reference=reference)
+                    for seed in seeds
                 ]
             yield from _group(job, base, case, mode, eager, chosen, values[dtype], watch)
         except Exception as error:
@@ -89,15 +90,20 @@ def _row(job: Job, case: Case, dtype: str, mode: str) -> Row:
 
 
 def _group(
-    job: Job, base: Row, case: Case, mode: str, eager: Any, providers: Sequence[Provider], values: list[gate.Values], watch: timing.Stopwatch
+    job: Job,
+    base: Row,
+    case: Case,
+    mode: str,
+    eager: Any,
+    providers: Sequence[Provider],
+    values: list[gate.Values],
+    watch: timing.Stopwatch,
 ) -> Iterator[Row]:
     """The rows of one dtype and mode: all providers are timed in the same rounds."""
     tensors = tuple(gate.copy(t) for t in values[0].tensors)
     dy = gate.copy(values[0].dy)
     steps = {name: gate.Step(case, eager, mode, tensors, dy) for name in ("eager", CONTROL)}
-    reasons: dict[str, str] = {}
     first_call: dict[str, float] = {}
-    by_name = {p.name: p for p in providers}
     for p in providers:
         row = replace(base, provider=p.name, provider_version=p.version)
         if reason := p.available() or p.unsupported(mode, base.dtype, base.device):
@@ -139,7 +145,7 @@ def _group(
         median = statistics.median(everything)
         yield judge(
             replace(
-                row, status="passed", reason="overwrites its input, as documented" if by_name[p.name].may_overwrite(case.op) else "",
+                row, status="passed", reason="overwrites its input, as documented" if p.may_overwrite(case.op) else "",
                 samples_ms=[round(t, 6) for t in everything],
                 eager_samples_ms=[round(1e3 * t, 6) for repeat in samples["eager"].times for t in repeat],
                 median_ms=median, p20_ms=timing.percentile(everything, 20), p80_ms=timing.percentile(everything, 80),

@@ -1,0 +1,403 @@
+"""The benchmark harness: what it refuses, keeps and prints. A made-up op and planted providers; no time is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlaccel.bench import __main__ as cli
+from dlaccel.bench import gate, results, run, summary, timing, worker
+from dlaccel.bench.case import Case, normal
+from dlaccel.bench.ceilings import Ceilings
+from dlaccel.bench.provider import Provider, Unavailable
+from dlaccel.bench.results import Row
+
+# A made-up op: relu(x * scale).
+
+
+def eager(x: Tensor, scale: Tensor) -> Tensor:
+    return (x * scale).relu_()
+
+
+def make_case(name: str = "24x16", **options: Any) -> Case:
+    options = {
+        "bytes": lambda mode, itemsize: 2 * 24 * 16 * itemsize,
+        "modes": ("fwd", "train"),
+        "dtypes": ("float32",),
+    } | options
+    return Case("toy", name, lambda g, dtype: (normal((24, 16), g, dtype), normal((16,), g, dtype)), shape={"M": 24}, **options)
+
+
+def wrong_result(x: Tensor, scale: Tensor) -> Tensor:
+    return eager(x, scale) * 1.001
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, rows: int) -> Tensor:
+        y = torch.empty_like(x)
+        y[:rows] = (x * scale)[:rows].relu()
+        ctx.save_for_backward(x, scale, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale, y = ctx.saved_tensors
+        dz = dy * (y > 0)
+        return dz * scale, (dz * x).sum(0), None
+
+
+def unwritten_output(x: Tensor, scale: Tensor) -> Tensor:
+    return _Function.apply(x, scale, 23)
+
+
+def lazy() -> Callable[[Tensor, Tensor], Tensor]:
+    """Computes once, then returns that again."""
+    kept: list[Tensor] = []
+
+    def f(x: Tensor, scale: Tensor) -> Tensor:
+        if not kept or torch.is_grad_enabled():
+            kept[:] = [eager(x, scale)]
+        return kept[0]
+
+    return f
+
+
+def lazy_when_timed() -> Callable[[Tensor, Tensor], Tensor]:
+    """Computes as often as the gate looks, then returns the last output again."""
+    kept: list[Tensor] = []
+    calls = 0
+
+    def f(x: Tensor, scale: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= 3:
+            kept[:] = [eager(x, scale).detach()]
+        return kept[0]
+
+    return f
+
+
+def half_the_work(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.cat([eager(x[:12], scale), torch.zeros_like(x[12:])])
+
+
+def overwrites_input(x: Tensor, scale: Tensor) -> Tensor:
+    y = eager(x, scale)
+    with torch.no_grad():
+        x.zero_()
+    return y
+
+
+def wrong_gradient(x: Tensor, scale: Tensor) -> Tensor:
+    return (x * scale.detach()).relu() + 0 * scale
+
+
+def raises(x: Tensor, scale: Tensor) -> Tensor:
+    raise RuntimeError("no kernel for this")
+
+
+def module(name: str, f: Any, **options: Any) -> Provider:
+    return Provider(SimpleNamespace(NAME=name, available=lambda: None, implementation=lambda case: f, **options))  # type: ignore[arg-type]
+
+
+CHEATS = {
+    "wrong_result": (wrong_result, "fwd", "output: error"),
+    "unwritten_output": (unwritten_output, "fwd", "output: NaN"),
+    "last_output_again": (lazy(), "fwd", "output: error"),
+    "last_output_when_timed": (lazy_when_timed(), "fwd", "in the timed loop, output: error"),
+    "half_the_work": (half_the_work, "fwd", "output: error"),
+    "input_changed": (overwrites_input, "fwd", "input 0 was overwritten"),
+    "wrong_gradient": (wrong_gradient, "train", "grad 1: "),
+    "raises": (raises, "fwd", "RuntimeError: no kernel for this"),
+}
+BLANK = Row(op="toy", case="c", mode="fwd", dtype="float32", provider="p", status="failed")
+GENEROUS = Ceilings({"float32": 1e9}, {1: 1e9})  # nothing is too fast for this machine
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Row]]:
+    """Runs the harness in this process on the made-up op with the given providers."""
+
+    def measure(
+        providers: dict[str, Provider], *cases: Case, roof: Ceilings = GENEROUS, stop_after: int | None = None, **options: Any
+    ) -> list[Row]:
+        known = {"eager": module("eager", eager), **providers}
+        monkeypatch.setattr(run.provider, "load", known.__getitem__)
+        family = SimpleNamespace(eager=eager, reference=eager, CASES=cases or (make_case(),))
+        answered = 0
+
+        def in_process(job: worker.Job) -> Iterator[dict[str, Any]]:
+            nonlocal answered
+            if not job.op:
+                yield roof.to_json()
+                return
+            job = worker.Job.from_json(job.to_json())  # as it would arrive in another process
+            case = next(c for c in family.CASES if c.name == job.case)
+            for row in worker.rows(job, case, eager, eager, known):
+                if answered == stop_after:
+                    raise KeyboardInterrupt
+                answered += 1
+                yield json.loads(json.dumps(asdict(row)))
+
+        chosen = run.Selection(preset="quick", cases=[c.name for c in family.CASES], providers=list(known))
+        monkeypatch.setitem(run.PRESETS, "quick", replace(run.PRESETS["quick"], effort=timing.Effort(0.0, 3)))
+        return run.run(chosen, {"toy": family}, tmp_path, worker=in_process, say=lambda text: None, **options)
+
+    return measure
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_cheating_provider_gets_no_time(cheat: str, bench: Callable[..., list[Row]]) -> None:
+    function, mode, reason = CHEATS[cheat]
+    rows = {row.provider: row for row in bench({cheat: module(cheat, function)}, make_case(modes=(mode,)))}
+    assert rows[cheat].status == "failed"
+    assert rows[cheat].reason.startswith(reason)
+    assert rows[cheat].median_ms is None
+    assert rows["eager"].status == "passed", "one provider's failure is its own"
+
+
+def test_overwriting_inputs_is_accepted_where_the_library_documents_it(bench: Callable[..., list[Row]]) -> None:
+    rows = bench({"open": module("open", overwrites_input, OVERWRITES=("toy",))}, make_case(modes=("fwd",)))
+    assert {row.provider: row.status for row in rows} == {"eager": "passed", "open": "passed"}
+    assert next(row for row in rows if row.provider == "open").reason == "overwrites its input, as documented"
+
+
+def test_too_fast_to_be_true() -> None:
+    row = replace(BLANK, status="passed", samples_ms=[1.0], median_ms=1.0, bytes=10**6)
+    for excess, status in ((1.0, "passed"), (1.04, "passed"), (1.1, "suspect"), (5.0, "refused")):
+        judged = worker.judge(row, Ceilings({}, {1: 1 / excess}), working_set=1)
+        assert judged.status == status, excess
+    assert judged.median_ms is None and judged.samples_ms == []
+    assert "5.00 x the measured ceiling" in judged.reason
+
+
+def test_five_times_over_the_roofline_is_refused_in_a_run(bench: Callable[..., list[Row]]) -> None:
+    rows = bench({}, make_case(modes=("fwd",)), roof=Ceilings({}, {1: 1e-9}))
+    assert [row.status for row in rows] == ["refused"]
+    assert cli.exit_code(rows) == cli.NOTHING
+
+
+def test_a_row_without_a_passed_gate_cannot_hold_a_time() -> None:
+    for held in ({"median_ms": 1.0}, {"samples_ms": [1.0]}, {"ratio": 2.0}, {"gbps": 1.0}):
+        with pytest.raises(ValueError, match="cannot hold " + next(iter(held))):
+            replace(BLANK, **held)
+    with pytest.raises(ValueError, match="status 'fine' is none of"):
+        replace(BLANK, status="fine")
+
+
+def test_the_stopwatch_takes_off_its_own_time() -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-6  # reading the clock takes a microsecond
+        return now
+
+    def call() -> None:
+        nonlocal now
+        now += 5e-6
+
+    watch = timing.Stopwatch(clock)
+    assert watch.time(lambda: None) == pytest.approx(0, abs=1e-12)
+    assert watch.time(call) == pytest.approx(5e-6)
+
+
+def test_ratio_is_the_median_of_paired_ratios() -> None:
+    # A disturbance that hits both sides of a pair leaves the ratio alone.
+    found = timing.ratio([[2, 20, 2], [2, 2, 2], [4, 4, 4]], [[1, 10, 1], [1, 1, 1], [1, 1, 1]])
+    assert found.repeats == [2, 2, 4] and found.median == 2
+    assert timing.percentile([1, 2, 3, 4, 5], 20) == pytest.approx(1.8)
+
+
+def test_eager_against_itself_is_recorded(bench: Callable[..., list[Row]]) -> None:
+    row = next(r for r in bench({}, make_case(modes=("train",))) if r.provider == "eager")
+    assert row.control_p20 is not None and row.control_p20 <= row.ratio_p80  # type: ignore[operator]
+    assert len(row.samples_ms) == len(row.eager_samples_ms) == 3 * 3
+    assert len(row.repeat_ratios) == 3
+
+
+def test_peak_memory_counts_what_is_live_at_once() -> None:
+    def f(x: Tensor, scale: Tensor) -> Tensor:
+        a = x + 1
+        b = a + 1
+        del a
+        return b + 1
+
+    case = make_case()
+    values = gate.values_of(case, torch.float32, "cpu", 0, eager=eager, reference=eager)
+    step = gate.Step(case, f, "fwd", tuple(map(gate.copy, values.tensors)), values.dy)
+    peak = timing.peak_memory(step, values)
+    assert peak is not None and 0 <= peak - 2 * 24 * 16 * 4 < 64  # torch wraps each 1 in a tensor
+
+
+def test_modes_take_the_gradients_they_name() -> None:
+    case = make_case()
+    values = gate.values_of(case, torch.float32, "cpu", 0, eager=eager, reference=eager)
+    names = {}
+    for mode in gate.MODES:
+        step = gate.Step(case, eager, mode, tuple(map(gate.copy, values.tensors)), gate.copy(values.dy))
+        assert gate.check(step, values) is None
+        names[mode] = sorted(step.outputs())
+    assert names == {"fwd": ["output"], "bwd": ["grad 0", "grad 1"], "train": ["grad 0", "grad 1", "output"],
+                     "dgrad": ["grad 0"], "wgrad": ["grad 1"]}  # fmt: skip
+
+
+def test_state_is_compared_and_fresh_in_every_call() -> None:
+    def counting(x: Tensor, total: Tensor) -> Tensor:
+        with torch.no_grad():
+            total += x.sum()
+        return x * 2
+
+    case = Case("toy", "c", lambda g, dtype: (normal((4,), g, dtype), torch.zeros((), dtype=dtype)), state=(1,))
+    values = gate.values_of(case, torch.float32, "cpu", 0, eager=counting, reference=counting)
+    tensors = tuple(map(gate.copy, values.tensors))
+    assert gate.check(gate.Step(case, counting, "train", tensors, gate.copy(values.dy)), values) is None
+    wrong = gate.check(gate.Step(case, lambda x, total: x * 2, "train", tensors, gate.copy(values.dy)), values)
+    assert wrong is not None and wrong.startswith("state 1: ")
+
+
+def test_unplugging_a_provider_changes_nothing_else(bench: Callable[..., list[Row]]) -> None:
+    def missing(case: Case) -> Any:
+        raise Unavailable("has no toy")
+
+    def broken() -> str | None:
+        raise ImportError("libfoo.so not found")
+
+    good = {"good": module("good", lambda x, s: torch.relu(x * s))}
+    bad = {
+        "missing": Provider(SimpleNamespace(NAME="missing", available=lambda: None, implementation=missing)),  # type: ignore[arg-type]
+        "broken": Provider(SimpleNamespace(NAME="broken", available=broken, implementation=missing)),  # type: ignore[arg-type]
+        "half": module("half", lambda x, s: torch.relu(x * s), MODES=("fwd",)),
+    }
+    alone, beside = bench(good), bench(good | bad)
+    status = {(r.provider, r.mode): (r.status, r.reason) for r in beside}
+    for row in alone:
+        assert status[row.provider, row.mode] == (row.status, row.reason) == ("passed", "")
+    assert status["missing", "fwd"] == ("unavailable", "has no toy")
+    assert status["broken", "fwd"] == ("unavailable", "ImportError: libfoo.so not found")
+    assert status["half", "train"] == ("unavailable", "has no train, only fwd") and status["half", "fwd"][0] == "passed"
+
+
+def test_a_run_that_was_killed_continues_where_it_stopped(bench: Callable[..., list[Row]], tmp_path: Path) -> None:
+    cases = [make_case("a"), make_case("b")]
+    whole = {row.key for row in bench({}, *cases)}
+    (tmp_path / "bench.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        bench({}, *cases, stop_after=2)
+    path = tmp_path / "bench.jsonl"
+    kept, problems = results.read(path)
+    assert len(kept) == 2 and not problems
+    with path.open("a") as file:
+        file.write('{"op": "toy", "case"')  # the row in progress
+    resumed = bench({}, *cases, resume=True)
+    assert {row.key for row in resumed} == whole
+    assert all(row in resumed for row in kept), "what was measured is not measured again"
+    rows, problems = results.read(path)
+    assert {row.key for row in rows} == whole
+    assert [p.split(": ", 1) for p in problems] == [[f"{path}:3", "not complete JSON (Expecting ':' delimiter at column 21)"]]
+
+
+def test_a_worker_that_dies_leaves_refused_rows(bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*args: Any) -> Iterator[Row]:
+        raise RuntimeError("the process ended with -9: ")
+        yield
+
+    monkeypatch.setattr(worker, "rows", dies)
+    rows = bench({})
+    assert {(r.status, r.reason) for r in rows} == {("refused", "the process ended with -9: ")}
+    assert [r.mode for r in rows] == ["train", "fwd"]
+
+
+def test_unreadable_lines_are_named(tmp_path: Path) -> None:
+    good = json.dumps(asdict(BLANK))
+    path = tmp_path / "bench.jsonl"
+    bad = {
+        good[:30]: "not complete JSON",
+        "[]": "not a JSON object",
+        good[:-1] + ', "speed": 1}': "unknown fields speed",
+        '{"op": "toy"}': "missing",
+        good.replace('"schema": 1', '"schema": 9'): "schema 9",
+    }
+    path.write_text("\n".join([good, *bad]))
+    rows, problems = results.read(path)
+    assert len(rows) == 1
+    for number, (problem, what) in enumerate(zip(problems, bad.values(), strict=True), start=2):
+        assert problem.startswith(f"{path}:{number}: ") and what in problem
+
+
+def test_a_full_disk_keeps_the_rows_before(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from dlaccel.bench.results import Row, Writer
+row = Row(op="toy", case="c", mode="fwd", dtype="float32", provider="p", status="failed")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, BYTES))  # the third row does not fit
+with Writer(Path(sys.argv[1])) as file:
+    try:
+        for _ in range(3):
+            file.write(row)
+    except OSError:
+        sys.exit(7)
+"""
+    path = tmp_path / "bench.jsonl"
+    line = len(json.dumps(asdict(BLANK))) + 1
+    code = code.replace("BYTES", str(int(2.5 * line)))
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 7
+    assert path.stat().st_size == 2 * line
+    assert results.read(path)[1] == []
+
+
+def test_verdicts() -> None:
+    def row(ratio: float, eager_ms: float = 1.0, **more: Any) -> Row:
+        return Row(op="toy", case="c", mode="fwd", dtype="float32", provider="dlaccel", status="passed", tags=["goal"],
+                   samples_ms=[1.0], eager_samples_ms=[eager_ms], median_ms=1.0, ratio=ratio, **more)  # fmt: skip
+
+    assert [summary.verdict(row(r)) for r in (0.94, 0.95, 1.0, 1.06)] == ["LOSS", "same", "same", "faster"]
+    assert summary.verdict(row(0.5, eager_ms=0.019)) == "overhead"
+    text = summary.text([row(2.0), replace(row(0.5), case="d"), replace(row(9.0), case="e", status="suspect")])
+    assert "dlaccel: toy float32 fwd on cpu: 1.00x over 2 rows" in text
+    assert "Losing rows (ratio below 0.95): 1\n  toy/d" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--op", "linear_rely"], "unknown op 'linear_rely' (did you mean 'linear_relu'?); known: "),
+        (["run", "--op", "linear_relu", "--case", "9x9"], "unknown case '9x9'"),
+        (["run", "--provider", "egaer"], "unknown provider 'egaer' (did you mean 'eager'?); known: dlaccel, eager"),
+        (["run", "--mode", "sideways"], "unknown mode 'sideways'; known: fwd, bwd, train, dgrad, wgrad"),
+        (["run", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (["list", "everything"], "unknown list 'everything'"),
+    ],
+)
+def test_bad_arguments_list_what_is_valid(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == cli.USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_every_verb_without_triton_and_gpu(tmp_path: Path) -> None:
+    """In processes of their own, as a user starts them; `triton` cannot be imported in any of them."""
+    (tmp_path / "triton.py").write_text("raise ImportError('planted')")
+    path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    out = tmp_path / "results"
+    small = "--op linear_relu --case 8x8x8 --dtype fp32"
+    for arguments in ("list", f"run {small} --mode fwd --preset quick --device cpu --out {out}"):
+        command = [sys.executable, "-m", "dlaccel.bench", *arguments.split()]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "linear_relu/8x8x8" in done.stdout
