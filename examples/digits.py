@@ -1,6 +1,6 @@
 """The lecture's digit classifier: weights -> prediction -> loss -> optimizer -> weights, on real handwritten digits.
 
-    python examples/digits.py                        three networks, about half a minute on two cores
+    python examples/digits.py                        three networks, about half a minute on one core
     python examples/digits.py --seeds 1 --epochs 5   a first look
     python examples/digits.py --resume --epochs 40   go on from the saved checkpoints
 
@@ -26,14 +26,9 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, where dlaccel is not installed
 from dlaccel.bench import data
+from dlaccel.nn import LinearReLU
 
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
-CrossEntropyLoss = nn.CrossEntropyLoss
-
-
-class LinearReLU(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias).relu()
 
 
 def build(pixels: int) -> nn.Sequential:
@@ -63,7 +58,7 @@ class Trainer:
         self.training, self.held_out = (part.to(self.device) for part in digits.split(seed))
         self.shifts = Shifts(self.training.images, args.shift)
         self.model = build(digits.images[0].numel()).to(self.device)
-        self.loss = CrossEntropyLoss()
+        self.loss = nn.CrossEntropyLoss()
         self.optimizer = OPTIMIZERS[args.optimizer](self.model.parameters(), lr=args.lr)
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same batches on every device
         given = ("optimizer", "lr", "batch", "shift")
@@ -232,9 +227,7 @@ def figures(trainer: Trainer, out: Path) -> dict[str, float]:
             picture = values[index]
             height = max(h for h in range(1, int(picture.numel() ** 0.5) + 1) if picture.numel() % h == 0)
             if name == "scores":
-                ax.bar(
-                    range(10), picture.softmax(0), color=["C3" if d == held_out[index] else "0.6" for d in range(10)]
-                )
+                ax.bar(range(10), picture.softmax(0), color=["C3" if d == held_out[index] else "0.6" for d in range(10)])
                 ax.set_ylim(0, 1)
             else:
                 ax.imshow(picture.view(height, -1).numpy(), cmap="magma" if name != "pixels" else "gray_r")
@@ -270,15 +263,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=data.NAMES, help="default: mnist5k, or digits where only that is installed")
-    p.add_argument(
-        "--seeds", type=number(1), default=3, help="networks, each with its own split (default: %(default)s)"
-    )
+    p.add_argument("--seeds", type=number(1), default=3, help="networks, each with its own split (default: %(default)s)")
     p.add_argument("--epochs", type=number(1), default=30, help="in total, also with --resume (default: %(default)s)")
     p.add_argument("--batch", type=number(1), default=128)
     p.add_argument("--optimizer", choices=list(OPTIMIZERS), default="rmsprop")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--shift", type=number(0), help="pixels; default 2, for 8 x 8 images 1")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    # Two threads gain little on layers this small, and wait for each other for minutes on a machine with other work.
+    p.add_argument("--threads", type=number(1), default=1, help="CPU threads (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("results/digits"))
     p.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     return p.parse_args(argv)
@@ -293,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if args.shift is None:
         args.shift = 2 if digits.images.shape[-1] >= 16 else 1
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(digits)} images: {digits.source}. Device: {args.device}.")
     if not args.resume:
@@ -308,9 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             accuracies.append(train(trainer, args.epochs, checkpoint))
         except KeyboardInterrupt:
-            print(
-                f"\nStopped after {trainer.epochs} epochs of seed {seed}; --resume goes on from there.", file=sys.stderr
-            )
+            print(f"\nStopped after {trainer.epochs} epochs of seed {seed}; --resume goes on from there.", file=sys.stderr)
             return 130
         if seed == 0:
             informative = figures(trainer, args.out)

