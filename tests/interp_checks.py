@@ -253,8 +253,13 @@ def _install_memory(stack: contextlib.ExitStack, races: bool) -> None:
         memory = Memory(races)
         named = [*zip(self.arg_names, args, strict=False), *kwargs.items()]
         tensors: list[tuple[str, torch.Tensor]] = []
+
+        def collect(name: str, t: torch.Tensor) -> torch.Tensor:
+            tensors.append((name, t))
+            return t
+
         for name, value in named:
-            _map_tensors(lambda n, t: tensors.append((n, t)), name, value)
+            _map_tensors(collect, name, value)
         views = iter(memory.load_arguments(tensors))
         copies = [_map_tensors(lambda n, t: next(views), name, value) for name, value in named]
         return copies[: len(args)], dict(zip(kwargs, copies[len(args) :], strict=True))

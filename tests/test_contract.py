@@ -25,9 +25,9 @@ from dlaccel.bench.accuracy import close_enough
 from dlaccel.bench.case import Case, families, implementation
 from dlaccel.ops import _register
 from dlaccel.ops._register import FLOPS, LAUNCHES, NAMESPACE, REGISTRY
+from tests.kit import COTANGENTS, DEVICE, LAYOUTS, poisoned, unchanged
 
 _register.activate(FLOPS)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = families()
 SAMPLES: list[Case] = [sample for family in FAMILIES.values() for sample in family.SAMPLES]
 FIRST = [family.SAMPLES[0] for family in FAMILIES.values()]
@@ -164,34 +164,17 @@ def test_values(sample: Case, backend: str, dtype: torch.dtype) -> None:
         assert (problem := close_enough(p, q, r)) is None, f"output and gradients [{i}] {problem}"
 
 
-def dense_permuted(t: Tensor) -> Tensor:
-    return t.mT.contiguous().mT
+# Every layout of the inputs, each with one of the cotangents.
+PAIRS = list(zip(LAYOUTS, itertools.cycle(COTANGENTS), strict=False))
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
-    "transposed": lambda t: dense_permuted(t) if t.dim() > 1 else t,
-    "sliced": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2] if t.dim() else t,
-    "offset": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape),
-    "expanded": lambda t: t[:1].expand(t.shape) if t.dim() and t.numel() else t,
-}
-COTANGENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "stride 0": lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
-    "transposed": lambda y: LAYOUTS["transposed"](
-        torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
-    ),
-}
-
-
-@pytest.mark.parametrize("g", COTANGENTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, g", PAIRS)
 @over(SAMPLES)
 def test_layouts(sample: Case, backend: str, layout: str, g: str) -> None:
     """Values; and for each op: the fake's strides, fresh outputs, every element written, inputs left alone."""
     dtype = torch.float32 if DEVICE == "cuda" and backend == "triton" else torch.float64
     f, r = ours(sample, dtype), reference(sample, dtype)
-    tensors = [LAYOUTS[layout](t.detach()).requires_grad_() for t in f.tensors]
+    tensors = [LAYOUTS[layout](t) for t in f.tensors]
     close(with_gradients(f, tensors, COTANGENTS[g]), with_gradients(r, tensors, COTANGENTS[g]))
     for op, args in calls_of(f, tensors, COTANGENTS[g](r(*tensors)).requires_grad_()):
         mutable = {i for i, a in enumerate(op._schema.arguments) if a.alias_info}
@@ -201,18 +184,14 @@ def test_layouts(sample: Case, backend: str, layout: str, g: str) -> None:
             return [a.clone() if i in mutable and a is not None else a for i, a in enumerate(args)]
 
         inputs = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in mutable]
-        before = [t.clone() for t in inputs]
         with torch.no_grad():
-            outputs = leaves(op(*fresh_state()))
-            close(inputs, before, rtol=0, atol=0, equal_nan=True)
+            with unchanged(*inputs):
+                outputs = leaves(op(*fresh_state()))
             with FakeTensorMode() as mode:
                 fakes = leaves(op(*pytree.tree_map_only(Tensor, mode.from_tensor, fresh_state())))
-            torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-            try:
-                poisoned = leaves(op(*fresh_state()))
-            finally:
-                torch.use_deterministic_algorithms(False)
-        close(poisoned, outputs, rtol=0, atol=0, equal_nan=True)
+            with poisoned():
+                again = leaves(op(*fresh_state()))
+        close(again, outputs, rtol=0, atol=0, equal_nan=True)
         assert [metadata(o) for o in outputs] == [metadata(o) for o in fakes], op
         assert not any(o._is_view() for o in outputs)
         fresh, given = ([t.untyped_storage().data_ptr() for t in ts if t.numel()] for ts in (outputs, inputs))
@@ -422,7 +401,10 @@ def check_compiled(sample: Case, compiler: str, dynamic: bool) -> None:
         tensors = [LAYOUTS[layout](t.detach()).requires_grad_() for t in bound.tensors]
         plain = bound(*tensors).sin()
         assert f(*tensors).stride() == plain.stride()
-        close(with_gradients(f, tensors, COTANGENTS["stride 0"]), (plain, *torch.autograd.grad(plain.sum(), tensors)))
+        close(
+            with_gradients(f, tensors, COTANGENTS["stride 0"]),
+            with_gradients(lambda *t: bound(*t).sin(), tensors, COTANGENTS["stride 0"]),
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -475,7 +457,7 @@ def test_modes(sample: Case, backend: str) -> None:
     tensors = f.tensors
     want = with_gradients(r, tensors, COTANGENTS["stride 0"])
     y = torch.utils.checkpoint.checkpoint(f, *tensors, use_reentrant=False)
-    close((y, *torch.autograd.grad(y.sum(), tensors)), want)
+    close((y, *torch.autograd.grad(y, tensors, COTANGENTS["stride 0"](y))), want)
     with torch.inference_mode():
         close(f(*tensors), want[0])
     y = f(*[t.detach() for t in tensors])

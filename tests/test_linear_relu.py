@@ -157,7 +157,8 @@ def test_descriptors_only_where_they_fit(change: str) -> None:
     "setting, precision", [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")], ids=["default", "ieee", "tf32"]
 )
 def test_float32_follows_torch_on_tf32(setting: str, precision: str) -> None:
-    from dlaccel.kernels import config, launch, linear_relu as kernels
+    from dlaccel.kernels import config, launch
+    from dlaccel.kernels import linear_relu as kernels
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = setting

@@ -44,6 +44,8 @@ def _use_onednn(x: Tensor, *sizes: int) -> bool:
 def _matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.T + bias for matrices of any strides."""
     if _use_onednn(a, *a.shape, b.shape[0]):
+        if bias is not None:  # which oneDNN takes for contiguous, whatever its stride
+            bias = bias.contiguous()
         result: Tensor = _onednn(a, b, bias, "none", [], "")
         return result
     return _linear(a, b, bias)
