@@ -178,20 +178,20 @@ def test_float32_follows_torch_on_tf32(setting: str, precision: str) -> None:
 def test_both_products_of_the_fallback(onednn: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if onednn and fallback._onednn is None:
         pytest.skip("this torch has no oneDNN linear")
-    monkeypatch.setattr(fallback, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(fallback, "least_products", lambda: 1 if onednn else 2**63)
     given = [LAYOUTS[layout](t) for t in tensors(19, 33, 20)]
     with dlaccel.use_backend("torch"), poisoned():
         check(F.linear_relu, eager, given)
 
 
 def test_the_fallback_keeps_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fallback, "onednn_is_faster", lambda: fallback._onednn is not None)
+    monkeypatch.setattr(fallback, "least_products", lambda: 1 if fallback._onednn is not None else 2**63)
     x = torch.tensor([[float("nan"), 1.0], [2.0, 3.0]])
     with dlaccel.use_backend("torch"):
         assert torch.equal(F.linear_relu(x, torch.eye(2)).isnan(), x.isnan() | torch.tensor([[False, True], [False, False]]))
 
 
-def test_small_calls_go_to_aten_in_auto_only() -> None:
+def test_auto_calls_aten_where_that_is_as_fast() -> None:
     LAUNCHES.clear()
     y = F.linear_relu(*tensors(4, 5, 6))
     if DEVICE == "cpu":
@@ -202,7 +202,7 @@ def test_small_calls_go_to_aten_in_auto_only() -> None:
         assert type(y.grad_fn).__name__ == "linear_reluBackward" and LAUNCHES["linear_relu", chosen] == 1
 
 
-def test_small_calls_raise_the_same_errors() -> None:
+def test_calls_of_aten_raise_the_same_errors() -> None:
     with pytest.raises(RuntimeError, match="linear_relu: weight: expected"):
         F.linear_relu(torch.ones(2, 3), torch.ones(4, 3).double())
     with pytest.raises(RuntimeError, match="linear_relu: x: expected a floating-point"):

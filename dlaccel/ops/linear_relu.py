@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from dlaccel import backend as _backend
+from dlaccel.fallback import linear_relu as fallback
 from dlaccel.ops._common import FLOATS, as_2d, at_front, described, is_compiling, total
 from dlaccel.ops._register import Op
-
-# On the CPU an operator written in Python costs 12 to 25 us more than aten's own. Below this many multiply-adds that is more
-# than the faster matrix product saves (docs/performance.md), and `auto` calls aten.
-SMALL = 256**3 // 4
 
 _threshold_backward = torch.ops.aten.threshold_backward.default
 
@@ -169,19 +166,20 @@ forward_op = Op(
     prefers_torch=prefers_torch,
 ).register()
 
-_linear, _relu, _Tensor = torch.nn.functional.linear, torch.relu, Tensor
+_linear, _relu_, _Tensor = torch.nn.functional.linear, torch.relu_, Tensor
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # An operator written in Python costs 12 to 70 us more than aten's own: on the CPU `auto` calls aten unless ours gains more.
     if (
         type(x) is _Tensor  # subclasses, DTensor and fake tensors keep the operator
         and x.is_cpu
         and _backend.forced == "auto"
         and weight.dim() == 2
-        and x.numel() * weight.shape[0] <= SMALL
+        and not fallback.beats_aten(x, weight)
         and not is_compiling()
     ):
         check(x, weight, bias)
-        return _relu(_linear(x, weight, bias))
+        return _relu_(_linear(x, weight, bias))
     y: Tensor = forward_op(x, weight, bias)
     return y
