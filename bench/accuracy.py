@@ -8,8 +8,8 @@ e(t) = |t - exact|, both as a maximum and as a 2-norm,
 
     e(got) <= 2 e(eager) + 4 eps(dtype) |exact| + 4 eps(accumulator) terms
 
-The first term asks for torch's accuracy; the second is the rounding of the result itself, for eager may be exact by chance.
-The third is 0 unless the caller names `terms`, the largest sum of absolute products behind one element (max of |a| @ |b|):
+The first term asks for torch's accuracy; the second is the rounding of the result itself, for eager may be exact by chance
+(64 times as much in float64, where the reference is no better). The third is 0 unless the caller names `terms`, the largest sum of absolute products behind one element (max of |a| @ |b|):
 small random problems need it, where eager happens to be exact and cancellation makes the result much smaller than its terms.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 EAGER_FACTOR = 2  # another order of summation may double an error, not more
 EPS_FACTOR = 4
+FLOAT64_FACTOR = 64  # in float64 the reference is rounded as well, and eager may be the reference itself, its error 0
 
 
 def close_enough(
@@ -67,7 +68,8 @@ def close_enough(
     if not got.numel():
         return None
 
-    eps = torch.finfo(dtype or got.dtype).eps
+    dtype = dtype or got.dtype
+    eps = torch.finfo(dtype).eps * (FLOAT64_FACTOR if dtype == torch.float64 else 1)
     accumulator = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
     error, eager_error = ((t.double() - exact).abs() for t in (got, eager))
     slack = EPS_FACTOR * accumulator * terms

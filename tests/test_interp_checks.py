@@ -16,6 +16,7 @@ if not INTERPRET:
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.interp_checks import KernelFault, checked
 
@@ -203,6 +204,21 @@ def test_correct_descriptor(y):
     table = torch.randn(N, 16)
     launch(sum_rows_by_descriptor, table, y, N)
     torch.testing.assert_close(y, table.sum(1))
+
+
+@triton.jit
+def double_by_descriptor(x, y, B: tl.constexpr):
+    row = tl.program_id(0) * B
+    y.store([row, 0], x.load([row, 0]) * 2)
+
+
+def test_correct_host_descriptor():
+    x, y = torch.randn(N, 16), torch.zeros(N, 16)
+    launch(double_by_descriptor, *(TensorDescriptor.from_tensor(t, [BLOCK, 16]) for t in (x, y)))
+    assert torch.equal(y, x * 2)
+    wrong = TensorDescriptor(y[: N // 2], [N, 16], [16, 1], [BLOCK, 16])  # twice as many rows as there are
+    with pytest.raises(KernelFault, match="store out of bounds.*'y'"):
+        launch(double_by_descriptor, TensorDescriptor.from_tensor(x, [BLOCK, 16]), wrong)
 
 
 def test_merge_ordered_by_barrier_and_atomic(x, y):
