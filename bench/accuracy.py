@@ -9,8 +9,9 @@ e(t) = |t - exact|, both as a maximum and as a 2-norm,
     e(got) <= 2 e(eager) + 4 eps(dtype) |exact| + 4 eps(accumulator) terms
 
 The first term asks for torch's accuracy; the second is the rounding of the result itself, for eager may be exact by chance
-(64 times as much in float64, where the reference is no better). The third is 0 unless the caller names `terms`, the largest sum of absolute products behind one element (max of |a| @ |b|):
-small random problems need it, where eager happens to be exact and cancellation makes the result much smaller than its terms.
+(64 times as much in float64, where the reference is no better). The third is 0 unless the caller names `terms`, the largest
+sum of absolute products behind one element (max of |a| @ |b|): small random problems need it, where eager happens to be exact
+and cancellation makes the result much smaller than its terms.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def test_correct_host_descriptor():
     launch(double_by_descriptor, *(TensorDescriptor.from_tensor(t, [BLOCK, 16]) for t in (x, y)))
     assert torch.equal(y, x * 2)
     wrong = TensorDescriptor(y[: N // 2], [N, 16], [16, 1], [BLOCK, 16])  # twice as many rows as there are
-    with pytest.raises(KernelFault, match="store out of bounds.*'y'"):
+    with pytest.raises(KernelFault, match=r"store out of bounds.*'y'"):
         launch(double_by_descriptor, TensorDescriptor.from_tensor(x, [BLOCK, 16]), wrong)
 
 
