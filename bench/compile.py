@@ -191,7 +191,7 @@ def _compile_all(missing: dict[str, tuple[bytes, str, str]], processes: int) -> 
 
 def _pool(processes: int, folder: str) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(folder,))
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=start_worker, initargs=(folder,))
 
 
 # --- what identifies the compiled code ---
@@ -301,7 +301,7 @@ def _pickled(launch: Launch) -> bytes:
 # --- in a worker ---
 
 
-class _NamesATarget:
+class NamesATarget:
     """A driver that answers what Triton asks before it compiles, and can launch nothing."""
 
     def __init__(self, target: Any) -> None:
@@ -317,7 +317,7 @@ class _NamesATarget:
         return 0
 
 
-def _start_worker(folder: str) -> None:
+def start_worker(folder: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = folder
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default of every version so far; 3.9 warns when it is not said
@@ -334,7 +334,7 @@ def _compile(pickled: bytes, name: str, target: str) -> Report:
     from dlaccel.kernels.config import TARGETS
 
     device = TARGETS[target]
-    driver.set_active(_NamesATarget(GPUTarget(device.backend, device.arch, device.warp)))
+    driver.set_active(NamesATarget(GPUTarget(device.backend, device.arch, device.warp)))
     try:
         kernel, grid, args, options = pickle.loads(pickled)
         compiled = kernel.warmup(*args, grid=grid, **options)

@@ -153,6 +153,11 @@ def choice(name: str) -> Callable[[Static], Choice]:
     return declare
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: triton.cdiv for the host, where that costs 2 us a call."""
+    return -(-a // b)
+
+
 def power_of_two(n: int, least: int, most: int) -> int:
     """The smallest power of two >= n, kept between least and most."""
     return max(least, min(most, 1 << max(n - 1, 0).bit_length()))

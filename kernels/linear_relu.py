@@ -24,11 +24,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config
-from .config import Config, Target, power_of_two
-from .launch import launch
+from .config import Config, Target, cdiv, power_of_two
+from .launch import descriptor, launch
 
 PREPASS_WAVES = 4  # programs per multiprocessor that the pre-pass aims for
 
@@ -38,7 +37,7 @@ def forward_config(target: Target, dtype: torch.dtype, M: int, N: int, K: int, t
     if target.interpreted:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2} | ({"SUBTILE": True} if tma else {})
     if tma:
-        tiles = triton.cdiv(M, 128) * triton.cdiv(N, 256)
+        tiles = cdiv(M, 128) * cdiv(N, 256)
         if N > 128 and tiles >= target.sms:
             return _tile(128, 256, 64, warps=8, stages=4) | {"SUBTILE": True}
         return _tile(128, 128, 64, warps=8, stages=4) | {"SUBTILE": False}
@@ -59,7 +58,7 @@ def prepass_config(target: Target, dtype: torch.dtype, M: int, N: int) -> Config
     if target.interpreted:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 32}
     block_m, block_n = 16, 256
-    programs = PREPASS_WAVES * target.sms // triton.cdiv(N, block_n)
+    programs = PREPASS_WAVES * target.sms // cdiv(N, block_n)
     rows = block_m * power_of_two(M // max(block_m * programs, 1), 1, 64)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "ROWS": rows, "num_warps": 4}
 
@@ -116,12 +115,12 @@ def linear_relu_kernel(
 def linear_relu_tma_kernel(
     x, w, y, b, M, N, K, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr, SUBTILE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUBTILE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: each program takes every PROGRAMS-th tile. x, w, y are tensor descriptors."""
+    """Persistent: of P programs each takes every P-th tile. x, w, y are tensor descriptors."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     # Flattening overlaps the epilogue of a tile with the loads of the next.
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         tile_m, tile_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -199,7 +198,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     chosen = forward_config(x.device, x.dtype, M, N, K, False)
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     launch(
-        linear_relu_kernel, (triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(N, chosen["BLOCK_N"]),),
+        linear_relu_kernel, (cdiv(M, chosen["BLOCK_M"]) * cdiv(N, chosen["BLOCK_N"]),),
         x, weight, bias, y, M, N, K, *x.stride(), *weight.stride(), _stride(bias),
         HAS_BIAS=bias is not None, EVEN_K=K % chosen["BLOCK_K"] == 0, PRECISION="tf32" if tf32 else "ieee",
         ACCUMULATOR=_accumulator(x), **chosen,
@@ -210,15 +209,15 @@ def _forward_tma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> N
     (M, K), N = x.shape, weight.shape[0]
     chosen = forward_config(x.device, x.dtype, M, N, K, True)
     block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
-    programs = min(config.target_of(x.device).sms, triton.cdiv(M, block_m) * triton.cdiv(N, block_n))
+    programs = min(config.target_of(x.device).sms, cdiv(M, block_m) * cdiv(N, block_n))
     descriptors = (
-        TensorDescriptor.from_tensor(x, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
-        TensorDescriptor.from_tensor(y, [block_m, block_n // 2 if chosen["SUBTILE"] else block_n]),
+        descriptor(x, [block_m, block_k]),
+        descriptor(weight, [block_n, block_k]),
+        descriptor(y, [block_m, block_n // 2 if chosen["SUBTILE"] else block_n]),
     )
     launch(
         linear_relu_tma_kernel, (programs,), *descriptors, bias, M, N, K, _stride(bias),
-        PROGRAMS=programs, HAS_BIAS=bias is not None, **chosen,
+        HAS_BIAS=bias is not None, **chosen,
     )  # fmt: skip
 
 
@@ -238,11 +237,11 @@ def linear_relu_backward(
 def _relu_backward(dy: Tensor, y: Tensor, bias_gradient: bool) -> tuple[Tensor, Tensor | None]:
     M, N = y.shape
     chosen = prepass_config(y.device, y.dtype, M, N)
-    blocks = triton.cdiv(M, chosen["ROWS"])
+    blocks = cdiv(M, chosen["ROWS"])
     wide = torch.promote_types(y.dtype, torch.float32)
     dz, partial_db = y.new_empty((M, N)), y.new_empty((blocks, N) if bias_gradient else (0,), dtype=wide)
     launch(
-        relu_backward_kernel, (triton.cdiv(N, chosen["BLOCK_N"]), blocks),
+        relu_backward_kernel, (cdiv(N, chosen["BLOCK_N"]), blocks),
         dy, y, dz, partial_db, M, N, *dy.stride(), *y.stride(),
         ACCUMULATOR=_accumulator(y), BIAS_GRADIENT=bias_gradient, **chosen,
     )  # fmt: skip

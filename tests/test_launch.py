@@ -1,0 +1,185 @@
+"""kernels/launch.py on its own: the caches of compiled kernels and descriptors, against Triton's own choice. No GPU is needed:
+a stub driver takes the launches, in a process that does not interpret."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import multiprocessing
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from dlaccel.bench import compile, host_time
+
+
+@triton.jit
+def scale_kernel(x, y, factor, n, stride, maybe, FLAG: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i * stride, mask=i < n, other=0.0) * factor
+    if maybe is not None:
+        value += tl.load(maybe)
+    tl.store(y + i, -value if FLAG else value, mask=i < n)
+
+
+@triton.jit
+def constant_in_front_kernel(x, n: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x + i, n, mask=i < n)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """run(f, *args): f in a process that compiles."""
+    folder = str(tmp_path_factory.mktemp("triton"))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=compile.start_worker, initargs=(folder,)) as pool:
+        yield lambda f, *args: pool.submit(f, *args).result()
+
+
+def started(stub: host_time.StubDriver, *args: Any, **options: Any) -> Any:
+    """What a launch of scale_kernel started: Triton's description of the compiled source."""
+    from dlaccel.kernels.launch import launch
+
+    stub.noting, stub.started = True, []
+    launch(scale_kernel, (1,), *args, **options)
+    ((src, _, passed),) = stub.started
+    assert list(passed[: len(args)]) == list(args)
+    return src.signature, src.attrs, repr(src.constants)  # 1 and True are not one constant
+
+
+def variants() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Calls of scale_kernel that differ from the first in one thing each."""
+    buffer, half = torch.zeros(64), torch.zeros(64, dtype=torch.float16)
+    x, y = buffer[:16], torch.zeros(16)
+    base: dict[str, Any] = {"x": x, "y": y, "factor": 2.0, "n": 16, "stride": 3, "maybe": None}
+    options = {"FLAG": True, "BLOCK": 16, "num_warps": 1}
+    changes: list[dict[str, Any]] = [
+        {}, {"x": buffer[1:17]}, {"x": buffer[4:20]}, {"x": half[:16]}, {"y": torch.zeros(17)[1:]}, {"n": 1}, {"n": 13},
+        {"n": 32}, {"n": 2**31}, {"n": 2**31 + 1}, {"n": 2**63}, {"n": -16}, {"n": 0}, {"stride": 1}, {"stride": 16},
+        {"stride": True}, {"factor": 3}, {"factor": 1}, {"factor": 1.0}, {"maybe": y}, {"maybe": buffer[1:]},
+    ]  # fmt: skip
+    calls = [(tuple((base | change).values()), options) for change in changes]
+    for change in ({"FLAG": False}, {"FLAG": 1}, {"BLOCK": 32}, {"num_warps": 2}):
+        calls.append((tuple(base.values()), options | change))
+    return calls
+
+
+def _every_variant_gets_tritons_choice() -> int:
+    """In every order of two: what is started for b after a is what Triton itself starts for b."""
+    from dlaccel.kernels import launch
+
+    stub = host_time.install()
+    calls = variants()
+
+    def own(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        launch._compiled.clear()
+        return started(stub, *args, **options)
+
+    expected = [own(*call) for call in calls]
+    for a, b in itertools.permutations(range(len(calls)), 2):
+        launch._compiled.clear()
+        for i in (a, b, a, b):
+            args, options = calls[i]
+            assert started(stub, *args, **options) == expected[i], f"variant {i} after {a}, {b}: {args} {options}"
+    kinds = {str(e) for e in expected}
+    return len(kinds)
+
+
+def test_every_launch_starts_what_triton_would_start(compiled: Any) -> None:
+    assert compiled(_every_variant_gets_tritons_choice) >= 15  # so many of the variants are different code
+
+
+def _second_launch_is_direct() -> tuple[int, int]:
+    from dlaccel.kernels import launch
+
+    host_time.install()
+    (args, options), (unaligned, _) = variants()[:2]
+    launch._compiled.clear()
+    calls = 0
+    own = type(scale_kernel).run
+
+    def counting(self: Any, *a: Any, **k: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return own(self, *a, **k)
+
+    type(scale_kernel).run = counting
+    try:
+        for _ in range(5):
+            launch.launch(scale_kernel, (1,), *args, **options)
+        after_five = calls
+        launch.launch(scale_kernel, (1,), *unaligned, **options)
+    finally:
+        type(scale_kernel).run = own
+    return after_five, calls
+
+
+def test_only_the_first_launch_of_a_kind_goes_through_triton(compiled: Any) -> None:
+    if triton.__version__ < "3.10":
+        assert compiled(_second_launch_is_direct) == (1, 2)
+
+
+def _constants_among_the_arguments() -> list[Any]:
+    from dlaccel.kernels import launch
+
+    stub = host_time.install()
+    x = torch.zeros(64)
+    stub.noting, stub.started = True, []
+    for n in (3, 5, 3):
+        launch.launch(constant_in_front_kernel, (1,), x, n, BLOCK=16)
+    return [src.constants[(1,)] for src, _, _ in stub.started]
+
+
+def test_a_constant_passed_by_position_is_never_mistaken(compiled: Any) -> None:
+    assert compiled(_constants_among_the_arguments) == [3, 5, 3]
+
+
+def _hooks() -> list[Any]:
+    from dlaccel.kernels import launch
+
+    stub, hooks = host_time.install(), triton.knobs.runtime.launch_enter_hook
+    args, options = variants()[0]
+    stub.noting, stub.started = True, []
+    launch._compiled.clear()
+    launch.launch(scale_kernel, (1,), *args, **options)
+    launch.launch(scale_kernel, (1,), *args, **options)
+    hooks.add(print)
+    launch.launch(scale_kernel, (1,), *args, **options)
+    hooks.remove(print)
+    return [hook is hooks for _, hook, _ in stub.started]
+
+
+def test_a_profilers_hooks_are_called(compiled: Any) -> None:
+    assert compiled(_hooks) == [True, False, True]  # Triton's own way, direct, with the hook
+
+
+def _descriptors() -> None:
+    from dlaccel.kernels import launch
+
+    t = torch.zeros(32, 64)
+    first = launch.descriptor(t, [16, 16])
+    assert launch.descriptor(t, [16, 16]) is first
+    assert launch.descriptor(t, [16, 32]) is not first
+    assert launch.descriptor(t[:16], [16, 16]).shape == [16, 64]
+    assert launch.descriptor(t.view(64, 32), [16, 16]).strides == [32, 1]
+    assert launch.descriptor(t.view(torch.int32), [16, 16]).base.dtype == torch.int32
+    with pytest.raises(AssertionError):  # Triton's own check: rows of 16 bytes
+        launch.descriptor(torch.zeros(32, 63), [16, 16])
+    dies = weakref.ref(t)
+    del t
+    gc.collect()
+    assert dies() is None
+    for i in range(launch._MOST_DESCRIPTORS + 10):
+        launch.descriptor(torch.zeros(4).as_strided((i + 1, 4), (0, 1)), [16, 4])
+    assert len(launch._descriptors) <= launch._MOST_DESCRIPTORS
+
+
+def test_descriptors_are_cached_and_keep_nothing_alive(compiled: Any) -> None:
+    compiled(_descriptors)
