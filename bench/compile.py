@@ -310,7 +310,7 @@ class NamesATarget:
     def get_current_target(self) -> Any:
         return self.target
 
-    def get_current_device(self) -> str:
+    def get_current_device(self) -> Any:
         return str(self.target)  # keys the compiled kernels of a JITFunction
 
     def get_current_stream(self, device: Any) -> int:
