@@ -45,10 +45,19 @@ from dlaccel.bench.accuracy import close_enough
 from tests.kit import DEVICE
 
 try:
+    from hypothesis import settings
+except ImportError:
+    profile = None
+else:
+    profile = settings.get_current_profile_name()
+try:
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 except ImportError as e:
     pytest.skip(f"torch's tables are not where they were: {e}", allow_module_level=True)
+finally:
+    if profile is not None:  # torch's helpers load a Hypothesis profile of their own
+        settings.load_profile(profile)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SEEDS = (0, 1, 2)

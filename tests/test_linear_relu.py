@@ -16,7 +16,11 @@ from dlaccel.bench.cases.linear_relu import eager
 from dlaccel.fallback import linear_relu as fallback
 from dlaccel.nn import LinearReLU
 from dlaccel.ops._register import LAUNCHES
+from tests import conformance
+from tests.conformance import DTYPES
 from tests.kit import COTANGENTS, DEVICE, INTERPRET, LAYOUTS, check, poisoned, sparse, unchanged, with_gradients
+from tests.strategies import given, sizes, st
+from tests.strategies import tensors as drawn_tensors
 
 needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="chooses a kernel by an assumed target: interpreter only")
 
@@ -90,6 +94,43 @@ def test_offsets_beyond_32_bits() -> None:
     weight = torch.randn(3, 8)
     with dlaccel.use_backend("triton"):
         torch.testing.assert_close(F.linear_relu(x, weight), eager(x.contiguous(), weight))
+
+
+# ---- torch's tables and fuzz ----------------------------------------------------------------------------------------
+
+
+def runs(backend: str, dtype: torch.dtype) -> None:
+    if DEVICE == "cuda" and backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels do not take float64 on a GPU")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conformance(backend: str, dtype: torch.dtype) -> None:
+    runs(backend, dtype)
+    conformance.check_function("nn.functional.linear", F.linear_relu, dtype, at_least=50, eager=eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_module_conformance(backend: str, dtype: torch.dtype) -> None:
+    runs(backend, dtype)
+    conformance.check_module("nn.Linear", LinearReLU, dtype, at_least=12, eager=lambda m, input: torch.relu(m(input)))
+
+
+@given(st.data())
+def test_fuzz(backend: str, data: Any) -> None:
+    m, k, n = (data.draw(sizes()) for _ in range(3))
+    dtype = data.draw(st.sampled_from([d for d in DTYPES if not (DEVICE == "cuda" and d == torch.float64)]))
+    shapes = [(m, k), (n, k), *([(n,)] if data.draw(st.booleans()) else [])]
+    given_tensors = [data.draw(drawn_tensors(shape, dtype)).requires_grad_(data.draw(st.booleans())) for shape in shapes]
+    g = data.draw(drawn_tensors((m, n), dtype))
+    absolute = [t.detach().abs().double() for t in given_tensors]
+    products = float((absolute[0] @ absolute[1].t()).nan_to_num(0, 0, 0).amax()) if m and n and k else 0.0
+    reach = float(g.abs().double().nan_to_num(0, 0, 0).max()) if m and n else 0.0
+    wanted = [i for i, t in enumerate(given_tensors) if t.requires_grad]
+    largest = [float(a.nan_to_num(0, 0, 0).max()) if a.numel() else 0.0 for a in absolute]
+    sums = [n * reach * largest[1], m * reach * largest[0], m * reach]
+    with poisoned():
+        check(F.linear_relu, eager, given_tensors, g, terms=[products, *(sums[i] for i in wanted)])
 
 
 # ---- which kernel ---------------------------------------------------------------------------------------------------
