@@ -70,7 +70,7 @@ test-overlays: overlays
 	done
 
 mutants: setup
-	$(PY) tests/mutants.py
+	$(PY) -m tests.mutants
 
 full: setup overlays
 	$(PY) -m pytest tests -q -m "slow or not slow"
