@@ -86,7 +86,7 @@ def test_sum_of_many_terms_is_accumulated_wide(backend: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="maps address space of the CPU")
-@pytest.mark.unchecked(reason="the checks hold a copy of the storage, which spans gigabytes")
+@pytest.mark.unchecked("memory", reason="the check holds a copy of the storage, which spans gigabytes")
 def test_offsets_beyond_32_bits() -> None:
     stride = 2**30 + 8
     x = sparse((4, 8), (stride, 1))
