@@ -8,9 +8,10 @@ every other input must be what it was. Two sets of inputs take turns, so that an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +31,19 @@ class Step:
     addresses, pristine values and fresh state, and values that differ from those of the call before.
     """
 
-    def __init__(self, case: Case, function: Function, mode: str, tensors: tuple[Tensor, ...], dy: Tensor) -> None:
+    def __init__(
+        self,
+        case: Case,
+        function: Function,
+        mode: str,
+        tensors: tuple[Tensor, ...],
+        dy: Tensor,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         self.case, self.function, self.mode, self.tensors, self.dy = case, function, mode, tensors, dy
+        self.context = context  # entered around prepare() and run(), outside the clock
         differentiable = case.differentiable(tensors)
         first, rest = differentiable[:1], differentiable[1:]
         self.wanted = {"fwd": [], "dgrad": first, "wgrad": rest}.get(mode, differentiable)
@@ -66,7 +76,7 @@ class Step:
     def once(self, values: Values) -> Outputs:
         """One whole call on `values`."""
         self.load(values)
-        with torch.set_grad_enabled(self.mode != "fwd"):
+        with torch.set_grad_enabled(self.mode != "fwd"), self.context():
             self.prepare()
             self.run()
         return self.outputs()

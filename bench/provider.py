@@ -11,6 +11,7 @@ and may define
     DISTRIBUTION              the package whose version is recorded
     DTYPES, MODES, DEVICES    what it can do; default: everything
     OVERWRITES                the ops whose inputs the library documents to overwrite; elsewhere that is a failure
+    context()                 a context manager around each call, forward and backward, outside the clock
     backend(case, tensors)    which of its backends the call takes, for the table
 
 The library is imported inside the functions, so that one that is missing or broken disturbs nothing else. Any Python file that
@@ -19,13 +20,15 @@ defines these names can be compared: `--provider path/to/file.py`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -36,7 +39,29 @@ FOLDER = Path(__file__).parent / "providers"
 
 
 class Unavailable(Exception):
-    """This provider has nothing for this case."""
+    """This provider has nothing for this case. May also be raised by the implementation when it sees the arguments."""
+
+
+def need(condition: bool, reason: str) -> None:
+    """Raises Unavailable(reason) unless the condition holds."""
+    if not condition:
+        raise Unavailable(reason)
+
+
+def importable(*modules: str) -> str | None:
+    """Why one of the modules cannot be imported, or None."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # libraries raise anything at import when no GPU is there
+            return f"import {name}: {type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def pick(case: Case, **functions: Function) -> Function:
+    """The function of that name, or Unavailable."""
+    need(case.op in functions, f"has no {case.op}")
+    return functions[case.op]
 
 
 class Provider:
@@ -71,6 +96,9 @@ class Provider:
 
     def may_overwrite(self, op: str) -> bool:
         return op in self._get("OVERWRITES", ())
+
+    def context(self) -> AbstractContextManager[Any]:
+        return cast(AbstractContextManager[Any], self._get("context", nullcontext)())
 
     def backend(self, case: Case, tensors: tuple[Tensor, ...]) -> str:
         try:

@@ -124,8 +124,9 @@ def interleave(steps: Mapping[str, Step], values: Sequence[Values], watch: Stopw
         for name in names[shift:] + names[:shift]:
             step, sample = steps[name], samples[name]
             step.load(values[which])
-            step.prepare()
-            times[name].append(watch.time(step.run))
+            with step.context():
+                step.prepare()
+                times[name].append(watch.time(step.run))
             sample.host.append(watch.host_time())
             if keep:
                 sample.kept.append((which, {key: t.clone() for key, t in step.outputs().items()}))
@@ -189,7 +190,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 def peak_memory(step: Step, values: Values) -> int | None:
     """The most memory that the timed part of one call holds at a time beyond what was there before it, in bytes."""
     step.load(values)
-    with torch.set_grad_enabled(step.mode != "fwd"):
+    with torch.set_grad_enabled(step.mode != "fwd"), step.context():
         step.prepare()
         if step.tensors[0].is_cuda:
             torch.cuda.synchronize()
@@ -219,7 +220,8 @@ def graph_ms(step: Step, values: Values, replays: int = 100) -> float | None:
     """
     step.load(values)
     graph = torch.cuda.CUDAGraph()
-    with torch.set_grad_enabled(step.mode != "fwd"), _no_garbage_collection():  # a kernel finalised inside a capture breaks it
+    grad = torch.set_grad_enabled(step.mode != "fwd")
+    with grad, step.context(), _no_garbage_collection():  # a kernel finalised inside a capture breaks it
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

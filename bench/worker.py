@@ -110,7 +110,7 @@ def _group(
             yield replace(row, reason=reason)
             continue
         try:
-            step = gate.Step(case, p.implementation(case), mode, tensors, dy)
+            step = gate.Step(case, p.implementation(case), mode, tensors, dy, p.context)
             begin = time.perf_counter()
             wrong = gate.check(step, values[0], may_overwrite=p.may_overwrite(case.op))
             first_call[p.name] = time.perf_counter() - begin

@@ -1,0 +1,57 @@
+"""cuDNN, also where eager would choose a kernel of torch's own. Not yet run on a GPU."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu, relu6
+
+from dlaccel.bench.case import Case, Function
+from dlaccel.bench.provider import need, pick
+
+NAME = "cudnn"
+DISTRIBUTION = "torch"
+DEVICES = ("cuda",)
+
+
+def available() -> str | None:
+    return None if torch.cuda.is_available() and torch.backends.cudnn.is_available() else "no CUDA device with cuDNN"
+
+
+def implementation(case: Case) -> Function:
+    return pick(case, batch_norm=batch_norm, depthwise_conv2d=depthwise_conv2d)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    need(weight is not None and bias is not None and input.dim() > 2, "needs weight, bias and at least 3 dimensions")
+    arguments = (input, weight, bias, running_mean, running_var, training, momentum, eps)
+    y: Tensor = torch.ops.aten.cudnn_batch_norm(*arguments)[0]
+    if residual is not None:
+        y = y + residual
+    return {None: lambda t: t, "relu": relu, "relu6": relu6}[activation](y)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    need(not isinstance(padding, str), "cudnn_convolution takes no padding by name")
+    pairs = [list(v) if isinstance(v, tuple) else [v, v] for v in (padding, stride, dilation)]
+    flags = torch.backends.cudnn
+    tail = (flags.benchmark, flags.deterministic, flags.conv.fp32_precision == "tf32")
+    y: Tensor = torch.ops.aten.cudnn_convolution(input, weight, *pairs, input.shape[1], *tail)
+    return y if bias is None else y + bias.view(-1, 1, 1)
