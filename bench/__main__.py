@@ -6,14 +6,14 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from dlaccel.bench import provider, results, run, summary, timing
-from dlaccel.bench.case import Case, families
+from dlaccel.bench import provider, results, run, summary, timing, verify
+from dlaccel.bench.case import families
 from dlaccel.bench.gate import MODES
 
 OK, REGRESSION, USAGE, INCORRECT, NOTHING = range(5)
@@ -21,6 +21,8 @@ INTERRUPTED = 130
 EXIT = "exit codes: 0 ok, 1 a row is slower (compare), 2 usage, 3 dlaccel gave a wrong result, 4 nothing was measured"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPES |= {name: name for name in DTYPES.values()}
+
+Item = TypeVar("Item")
 
 EXAMPLES = """\
 examples:
@@ -81,20 +83,21 @@ def selection(args: argparse.Namespace) -> tuple[run.Selection, dict[str, Module
     ), known
 
 
-def progress(plan: list[tuple[Case, str]]) -> Iterable[tuple[Case, str]]:
-    """A progress bar over the cases, where tqdm is installed."""
+def bar(items: Iterable[Item], describe: Callable[[Item], str] = str) -> Iterator[Item]:
+    """A progress bar on standard error, where tqdm is installed."""
+    items = list(items)
     try:
         from tqdm import tqdm
     except ImportError:
-        for i, item in enumerate(plan, start=1):
-            print(f"[{i}/{len(plan)}] {item[0]} {item[1]}", file=sys.stderr)
+        for i, item in enumerate(items, start=1):
+            print(f"[{i}/{len(items)}] {describe(item)}", file=sys.stderr)
             yield item
         return
-    with tqdm(total=len(plan), unit="case", disable=None, dynamic_ncols=True) as bar:
-        for item in plan:
-            bar.set_postfix_str(f"{item[0]} {item[1]}")
+    with tqdm(total=len(items), disable=None, dynamic_ncols=True) as shown:
+        for item in items:
+            shown.set_postfix_str(describe(item))
             yield item
-            bar.update()
+            shown.update()
 
 
 def do_list(args: argparse.Namespace) -> int:
@@ -127,7 +130,7 @@ def do_run(args: argparse.Namespace) -> int:
     try:
         rows = run.run(
             chosen, known, args.out, resume=args.resume, budget=args.budget, threads=args.threads, clock=args.clock,
-            precision="tf32" if args.tf32 else "ieee", seed=args.seed, progress=progress,
+            precision="tf32" if args.tf32 else "ieee", seed=args.seed, progress=lambda plan: bar(plan, lambda item: f"{item[0]} {item[1]}"),
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is in {path}, and --resume continues", file=sys.stderr)
@@ -138,6 +141,25 @@ def do_run(args: argparse.Namespace) -> int:
     print(summary.text(rows), end="\n\n")
     print(f"{len(rows)} rows in {path}")
     return exit_code(rows)
+
+
+def do_verify(args: argparse.Namespace) -> int:
+    known = families()
+    ops = choose("op", args.op, known) or list(known)
+    rows = choose("row", args.row, verify.ROWS) or list(verify.ROWS)
+    if args.sample is not None:
+        choose("sample", [args.sample], dict.fromkeys(s.name for op in ops for s in known[op].SAMPLES))
+    for name in args.provider:
+        if not (name.endswith(".py") and Path(name).is_file()):
+            choose("provider", [name], provider.names())
+    names = args.provider or [name for name in provider.names() if not name.startswith("compile")]  # minutes of compiling
+    backends = [args.backend] if args.backend else ["torch", "triton"]
+    pairs = [(name, backend) for name in names for backend in (backends if name == "dlaccel" else [""])]
+    found, absent = verify.verify(pairs, ops, rows, args.device, args.sample, progress=bar)
+    print(verify.text(found, absent, summary.table, args.device))
+    if any(f.outcome == verify.WRONG and f.provider.startswith("dlaccel") for f in found):
+        return INCORRECT
+    return OK if found else NOTHING
 
 
 def exit_code(rows: Sequence[results.Row]) -> int:
@@ -178,6 +200,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="default: all cores on a quiet machine, else 1")
     sub.add_argument("--clock", choices=tuple(timing.CLOCKS), help="default: wall on a quiet machine, else thread (CPU only)")
     sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb("verify", "check only: a table of what is right where", do_verify)
+    many(sub, "op", "provider")
+    sub.add_argument("--row", action="append", default=[], help=f"one of: {', '.join(verify.ROWS)}")
+    sub.add_argument("--sample", help="one sample by name")
+    sub.add_argument("--backend", choices=("torch", "triton"), help="of dlaccel; default: both")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return new
 
 

@@ -102,19 +102,23 @@ class Values:
 
 
 def values_of(case: Case, dtype: torch.dtype, device: str, seed: int, *, eager: Function, reference: Function) -> Values:
-    """Draws inputs, runs eager on copies of them in `dtype` and the reference in float64."""
+    """Draws inputs and a gradient of the output, and what they should give."""
     tensors = tuple(t.detach() for t in case.inputs(dtype, device, seed))
     with torch.no_grad():
         y = case.call(eager, *map(torch.clone, tensors))
     generator = torch.Generator(device).manual_seed(seed + 1_000_003)
     dy = normal(tuple(y.shape), generator, y.dtype) if y.dim() else torch.ones_like(y)
-    dy = torch.empty_like(y).copy_(dy)  # in the layout of the result
-    wide = tuple(t.double() if t.is_floating_point() else t for t in tensors)
+    return expected(case, tensors, torch.empty_like(y).copy_(dy), eager=eager, reference=reference)  # in the layout of y
+
+
+def expected(case: Case, tensors: tuple[Tensor, ...], dy: Tensor, *, eager: Function, reference: Function) -> Values:
+    """Runs eager on copies of the inputs, and the reference on the same values in float64."""
 
     def run(function: Function, inputs: tuple[Tensor, ...], dy: Tensor) -> Outputs:
         step = Step(case, function, "train" if case.differentiable(inputs) else "fwd", tuple(map(copy, inputs)), dy)
         return step.once(Values(inputs, dy, {}, {}))
 
+    wide = tuple(t.double() if t.is_floating_point() else t for t in tensors)
     return Values(tensors, dy, eager=run(eager, tensors, dy), exact=run(reference, wide, dy.double()))
 
 
@@ -125,9 +129,9 @@ def check(step: Step, values: Values, *, may_overwrite: bool = False) -> str | N
     if wrong := compare(outputs, values):
         return wrong
     for i, (t, before) in enumerate(zip(step.tensors, values.tensors, strict=True)):
-        if i not in step.case.state and not may_overwrite and not _identical(t, before):
+        if i not in step.case.state and not may_overwrite and not identical(t, before):
             return f"input {i} was overwritten"
-    return None if _identical(step.dy, values.dy) else "the gradient of the output was overwritten"
+    return None if identical(step.dy, values.dy) else "the gradient of the output was overwritten"
 
 
 def compare(outputs: Mapping[str, Tensor], values: Values) -> str | None:
@@ -159,7 +163,7 @@ def poisoned() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def _identical(a: Tensor, b: Tensor) -> bool:
+def identical(a: Tensor, b: Tensor) -> bool:
     same = a.detach() == b
     return bool((same | (a.detach().isnan() & b.isnan())).all() if a.is_floating_point() else same.all())
 

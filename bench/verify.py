@@ -1,0 +1,303 @@
+"""Who is right where: every sample, and every way to lay out, differentiate or repeat a call, x provider. Nothing is timed.
+
+Each provider runs in a process of its own (`python -m dlaccel.bench.verify`, a job as JSON on standard input, findings as JSON
+lines on standard output), so that one that crashes leaves the others alone. Without a GPU, Triton kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlaccel.bench import gate, results
+from dlaccel.bench.accuracy import close_enough
+from dlaccel.bench.case import Case, Function, families
+from dlaccel.bench.provider import Provider, Unavailable, load
+
+OK, WRONG, ABSENT = "ok", "WRONG", "-"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One provider in one row."""
+
+    op: str
+    row: str
+    sample: str
+    provider: str
+    outcome: str
+    reason: str = ""
+
+    def reproduce(self) -> str:
+        """A command that shows this finding alone."""
+        name, _, backend = self.provider.partition("/")
+        words = ["python", "-m", "dlaccel.bench", "verify", "--op", self.op, "--row", self.row, "--provider", name]
+        words += ["--backend", backend] if backend else []
+        return shlex.join([*words, "--sample", self.sample])
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+Check = Callable[["Subject"], str | None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a check looks at: an implementation of a sample's op. `overwrites`: the library says that it does."""
+
+    case: Case
+    function: Function
+    eager: Function
+    reference: Function
+    device: str
+    overwrites: bool
+
+    def values(self, dtype: torch.dtype = torch.float32) -> gate.Values:
+        return gate.values_of(self.case, dtype, self.device, 0, eager=self.eager, reference=self.reference)
+
+    def step(self, values: gate.Values, mode: str = "train", lay: Callable[[Tensor], Tensor] = gate.copy) -> gate.Step:
+        mode = mode if self.case.differentiable(values.tensors) else "fwd"
+        return gate.Step(self.case, self.function, mode, tuple(map(lay, values.tensors)), gate.copy(values.dy))
+
+
+def _values(dtype: torch.dtype) -> Check:
+    def check(s: Subject) -> str | None:
+        values = s.values(dtype)
+        return gate.check(s.step(values), values, may_overwrite=True)
+
+    return check
+
+
+def _inputs_unchanged(s: Subject) -> str | None:
+    values = s.values()
+    wrong = gate.check(s.step(values), values)
+    return wrong if wrong and "overwritten" in wrong else None
+
+
+def _laid_out(lay: Callable[[Tensor], Tensor], dimensions: int = 1) -> Check:
+    """The inputs in other strides."""
+
+    def check(s: Subject) -> str | None:
+        values = s.values()
+        _applies(any(t.dim() >= dimensions for t in values.tensors))
+        step = s.step(values, lay=lambda t: lay(t) if t.dim() >= dimensions else gate.copy(t))
+        return gate.check(step, values, may_overwrite=True)
+
+    return check
+
+
+def _gradient(lay: Callable[[Tensor], Tensor], dimensions: int) -> Check:
+    """The gradient of the output in other strides."""
+
+    def check(s: Subject) -> str | None:
+        values = s.values()
+        _applies(values.dy.dim() >= dimensions and bool(s.case.differentiable(values.tensors)))
+        values = gate.expected(s.case, values.tensors, lay(values.dy), eager=s.eager, reference=s.reference)
+        return gate.check(s.step(values), values, may_overwrite=True)
+
+    return check
+
+
+def _some_gradients(s: Subject) -> str | None:
+    values = s.values()
+    _applies(len(s.case.differentiable(values.tensors)) > 1)
+    for mode in ("dgrad", "wgrad"):
+        if wrong := gate.check(s.step(values, mode), values, may_overwrite=True):
+            return wrong
+    return None
+
+
+def _repeatable(s: Subject) -> str | None:
+    values = s.values()
+    first, second = (s.step(values).once(values) for _ in range(2))
+    return next((f"{name} differs from run to run" for name in first if not gate.identical(first[name], second[name])), None)
+
+
+def _double_backward(s: Subject) -> str | None:
+    values = s.values()
+    _applies(bool(s.case.differentiable(values.tensors)))
+
+    def second(function: Function, dtype: torch.dtype) -> list[Tensor]:
+        tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in map(gate.copy, values.tensors))
+        inputs = [tensors[i].requires_grad_() for i in s.case.differentiable(tensors)]
+        dy = values.dy.to(dtype, copy=True).requires_grad_()
+        first = torch.autograd.grad(s.case.call(function, *tensors), inputs, dy, create_graph=True)
+        total = torch.stack([(g * _ramp(g)).sum() for g in first]).sum()
+        found = torch.autograd.grad(total, [*inputs, dy], allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(found, [*inputs, dy], strict=True)]
+
+    got, eager = second(s.function, torch.float32), second(s.eager, torch.float32)
+    for i, (g, e, x) in enumerate(zip(got, eager, second(s.reference, torch.float64), strict=True)):
+        if wrong := close_enough(g, e, x):
+            return f"second derivative {i}: {wrong}"
+    return None
+
+
+def _ramp(t: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape)
+
+
+class _DoesNotApply(Exception):
+    pass
+
+
+def _applies(condition: bool) -> None:
+    if not condition:
+        raise _DoesNotApply
+
+
+def _strided(t: Tensor) -> Tensor:
+    """Every second entry of the last dimension, not from the start."""
+    return torch.stack([t, t], -1).flatten(-2)[..., 1::2]
+
+
+def _offset(t: Tensor) -> Tensor:
+    """Contiguous, on an address that is aligned to the element only."""
+    return torch.cat([t.new_ones(3), t.flatten()])[3:].view(t.shape)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+ROWS: dict[str, Check] = {  # "values" stands for one row a sample
+    "values": _values(torch.float32),
+    "values in bfloat16": _values(torch.bfloat16),
+    "values in float16": _values(torch.float16),
+    "inputs unchanged": _inputs_unchanged,
+    "strided inputs": _laid_out(_strided),
+    "transposed inputs": _laid_out(lambda t: t.mT.contiguous().mT, 2),
+    "misaligned inputs": _laid_out(_offset),
+    "channels_last inputs": _laid_out(_channels_last, 3),
+    "stride-0 gradient": _gradient(lambda dy: dy.new_full((), 0.75).expand(dy.shape), 1),
+    "strided gradient": _gradient(_strided, 1),
+    "channels_last gradient": _gradient(_channels_last, 3),
+    "some gradients only": _some_gradients,
+    "double backward": _double_backward,
+    "bitwise repeatable": _repeatable,
+}
+
+
+# ---- one provider ---------------------------------------------------------------------------------------------------
+
+
+def findings(
+    label: str, provider: Provider, op: str, family: Any, rows: Sequence[str], device: str, sample: str | None = None
+) -> Iterator[Finding]:
+    """One finding per sample for "values"; for another row that of the first sample that is wrong, else of one that is right."""
+    samples = [s for s in family.SAMPLES if sample in (None, s.name)]
+    for row in rows:
+        found = [Finding(op, row, s.name, label, *_outcome(s, provider, row, device, family)) for s in samples]
+        if row == "values":
+            yield from found
+        elif found:
+            yield min(found, key=lambda f: (WRONG, OK, ABSENT).index(f.outcome))
+
+
+def _outcome(case: Case, provider: Provider, row: str, device: str, family: Any) -> tuple[str, str]:
+    try:
+        function = provider.implementation(case)
+        subject = Subject(case, function, family.eager, family.reference, device, provider.may_overwrite(case.op))
+        wrong = ROWS[row](subject)
+    except (Unavailable, _DoesNotApply) as reason:
+        return ABSENT, str(reason)
+    except Exception as error:
+        wrong = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return (WRONG, wrong) if wrong else (OK, "")
+
+
+def main() -> None:
+    """The process of one provider."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    job = json.loads(sys.stdin.read())
+    torch.set_num_threads(1)
+    provider = load(job["provider"])
+    if provider.name == "dlaccel":
+        problem = importlib.import_module("dlaccel.backend").triton_problem()
+        if problem and os.environ.get("DLACCEL_BACKEND") == "triton":
+            print(json.dumps({"unavailable": problem}), file=answers, flush=True)
+            return
+    reason = provider.available() or provider.unsupported("fwd", "float32", job["device"])
+    if reason:
+        print(json.dumps({"unavailable": reason}), file=answers, flush=True)
+        return
+    known = families()
+    for op in job["ops"]:
+        for finding in findings(job["label"], provider, op, known[op], job["rows"], job["device"], job["sample"]):
+            print(json.dumps(asdict(finding)), file=answers, flush=True)
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def verify(
+    providers: Sequence[tuple[str, str]],
+    ops: Sequence[str],
+    rows: Sequence[str],
+    device: str,
+    sample: str | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> tuple[list[Finding], dict[str, str]]:
+    """Findings of all (provider, backend), and for each that cannot be used here the reason."""
+    found: list[Finding] = []
+    absent: dict[str, str] = {}
+    for name, backend in progress(providers):
+        label = f"{name}/{backend}" if backend else name
+        job = {"provider": name, "label": label, "device": device, "ops": ops, "rows": rows, "sample": sample}
+        env = os.environ | ({"DLACCEL_BACKEND": backend} if backend else {})
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, (_root(), env.get("PYTHONPATH"))))}
+        env |= {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "dlaccel.bench.verify"]
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env, check=False)
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        for answer in answers:
+            if "unavailable" in answer:
+                absent[label] = answer["unavailable"]
+            else:
+                found.append(Finding(**answer))
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            absent[label] = f"the process ended with {done.returncode} after {len(answers)} findings: {last[:200]}"
+    return found, absent
+
+
+def _root() -> str:
+    return str(Path(results.__file__).resolve().parents[1])
+
+
+def text(found: Sequence[Finding], absent: dict[str, str], table: Callable[..., str], device: str) -> str:
+    """The table rows x providers, then each wrong one with its reason and how to reproduce it."""
+    providers = list(dict.fromkeys(f.provider for f in found))
+    cells = {(_label(f), f.provider): f.outcome for f in found}
+    lines = [
+        (label, *(cells.get((label, p), ABSENT) for p in providers))
+        for label in sorted(dict.fromkeys(_label(f) for f in found), key=lambda label: label.split(": ", 1)[0])
+    ]
+    where = results.provenance(device, threads=1, clock="", precision="ieee", seed=0)
+    how = where["gpu"] or f"{where['cpu']}, Triton kernels interpreted"
+    parts = [table(("", *providers), lines), f"Made on: {how}; torch {where['torch']}, triton {where['triton'] or 'absent'}."]
+    parts += [f"{label} is not in the table: {reason}" for label, reason in absent.items()]
+    for f in found:
+        if f.outcome == WRONG:
+            parts.append(f"{f.provider}, {_label(f)} ({f.sample}): {f.reason}\n    {f.reproduce()}")
+    return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+
+
+def _label(f: Finding) -> str:
+    return f"{f.op}: {f.sample}" if f.row == "values" else f"{f.op}: [{f.row}]"
+
+
+if __name__ == "__main__":
+    main()
