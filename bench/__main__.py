@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -130,7 +131,8 @@ def do_run(args: argparse.Namespace) -> int:
     try:
         rows = run.run(
             chosen, known, args.out, resume=args.resume, budget=args.budget, threads=args.threads, clock=args.clock,
-            precision="tf32" if args.tf32 else "ieee", seed=args.seed, progress=lambda plan: bar(plan, lambda item: f"{item[0]} {item[1]}"),
+            precision="tf32" if args.tf32 else "ieee", seed=args.seed,
+            progress=lambda plan: bar(plan, lambda item: f"{item[0]} {item[1]}"),
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is in {path}, and --resume continues", file=sys.stderr)

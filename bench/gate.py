@@ -151,16 +151,17 @@ def errors(outputs: Mapping[str, Tensor], values: Values) -> float:
 def poisoned() -> Iterator[None]:
     """Inside, torch.empty and its relatives give NaN (integers: the largest), on every device and in every library."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "does not have a deterministic implementation": not what this is for
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        deterministic.fill_uninitialized_memory = True
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            deterministic.fill_uninitialized_memory = fill
 
 
 def identical(a: Tensor, b: Tensor) -> bool:

@@ -11,6 +11,7 @@ and may define
     DISTRIBUTION              the package whose version is recorded
     DTYPES, MODES, DEVICES    what it can do; default: everything
     OVERWRITES                the ops whose inputs the library documents to overwrite; elsewhere that is a failure
+    TRITON                    True if it launches Triton kernels (without a GPU `verify` interprets them)
     context()                 a context manager around each call, forward and backward, outside the clock
     backend(case, tensors)    which of its backends the call takes, for the table
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -93,6 +95,14 @@ class Provider:
             if value not in known:
                 return f"has no {value}, only {', '.join(known)}"
         return None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return tuple(self._get("MODES", ("fwd", "bwd", "train", "dgrad", "wgrad")))
+
+    @property
+    def triton(self) -> bool:
+        return bool(self._get("TRITON", False)) or (self.name == "dlaccel" and os.environ.get("DLACCEL_BACKEND") == "triton")
 
     def may_overwrite(self, op: str) -> bool:
         return op in self._get("OVERWRITES", ())

@@ -116,7 +116,7 @@ class Row:
 
     def untimed(self, status: str, reason: str) -> Row:
         """The same row without its times."""
-        nothing = {name: [] if isinstance(getattr(self, name), list) else None for name in _TIMES}
+        nothing: dict[str, Any] = {name: [] if isinstance(getattr(self, name), list) else None for name in _TIMES}
         return replace(self, status=status, reason=reason, **nothing)
 
     @property

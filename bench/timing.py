@@ -98,7 +98,7 @@ class CudaStopwatch(Stopwatch):
         self._host = self.clock() - begin
         self._stop.record()
         torch.cuda.synchronize()  # the whole device: a provider may have used a stream of its own
-        return max(0.0, self._start.elapsed_time(self._stop) / 1e3 - self.overhead)
+        return max(0.0, float(self._start.elapsed_time(self._stop)) / 1e3 - self.overhead)
 
     def host_time(self) -> float:
         return self._host

@@ -61,18 +61,25 @@ class Subject:
     eager: Function
     reference: Function
     device: str
-    overwrites: bool
+    modes: tuple[str, ...]  # of the provider
+    interpreted: bool
+
+    @property
+    def differentiable(self) -> bool:
+        return "train" in self.modes and bool(self.case.differentiable(self.case.inputs(torch.float32, self.device)))
 
     def values(self, dtype: torch.dtype = torch.float32) -> gate.Values:
         return gate.values_of(self.case, dtype, self.device, 0, eager=self.eager, reference=self.reference)
 
     def step(self, values: gate.Values, mode: str = "train", lay: Callable[[Tensor], Tensor] = gate.copy) -> gate.Step:
-        mode = mode if self.case.differentiable(values.tensors) else "fwd"
+        mode = mode if self.differentiable else "fwd"
         return gate.Step(self.case, self.function, mode, tuple(map(lay, values.tensors)), gate.copy(values.dy))
 
 
 def _values(dtype: torch.dtype) -> Check:
     def check(s: Subject) -> str | None:
+        # It computes on the bit patterns (3.6 to 3.9).
+        _applies(not (s.interpreted and dtype == torch.bfloat16), "Triton's interpreter has no bfloat16 arithmetic")
         values = s.values(dtype)
         return gate.check(s.step(values), values, may_overwrite=True)
 
@@ -102,7 +109,7 @@ def _gradient(lay: Callable[[Tensor], Tensor], dimensions: int) -> Check:
 
     def check(s: Subject) -> str | None:
         values = s.values()
-        _applies(values.dy.dim() >= dimensions and bool(s.case.differentiable(values.tensors)))
+        _applies(values.dy.dim() >= dimensions and s.differentiable)
         values = gate.expected(s.case, values.tensors, lay(values.dy), eager=s.eager, reference=s.reference)
         return gate.check(s.step(values), values, may_overwrite=True)
 
@@ -111,7 +118,7 @@ def _gradient(lay: Callable[[Tensor], Tensor], dimensions: int) -> Check:
 
 def _some_gradients(s: Subject) -> str | None:
     values = s.values()
-    _applies(len(s.case.differentiable(values.tensors)) > 1)
+    _applies(s.differentiable and len(s.case.differentiable(values.tensors)) > 1)
     for mode in ("dgrad", "wgrad"):
         if wrong := gate.check(s.step(values, mode), values, may_overwrite=True):
             return wrong
@@ -126,7 +133,7 @@ def _repeatable(s: Subject) -> str | None:
 
 def _double_backward(s: Subject) -> str | None:
     values = s.values()
-    _applies(bool(s.case.differentiable(values.tensors)))
+    _applies(s.differentiable)
 
     def second(function: Function, dtype: torch.dtype) -> list[Tensor]:
         tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in map(gate.copy, values.tensors))
@@ -152,9 +159,9 @@ class _DoesNotApply(Exception):
     pass
 
 
-def _applies(condition: bool) -> None:
+def _applies(condition: bool, otherwise: str = "") -> None:
     if not condition:
-        raise _DoesNotApply
+        raise _DoesNotApply(otherwise)
 
 
 def _strided(t: Tensor) -> Tensor:
@@ -195,20 +202,29 @@ ROWS: dict[str, Check] = {  # "values" stands for one row a sample
 def findings(
     label: str, provider: Provider, op: str, family: Any, rows: Sequence[str], device: str, sample: str | None = None
 ) -> Iterator[Finding]:
-    """One finding per sample for "values"; for another row that of the first sample that is wrong, else of one that is right."""
+    """One finding per sample for "values"; in other rows that of the first sample that is wrong, else of one that is right.
+
+    Samples whose plain values are wrong already have nothing to say in other rows.
+    """
+
+    def find(row: str, samples: Iterable[Case]) -> list[Finding]:
+        return [Finding(op, row, s.name, label, *_outcome(s, provider, row, device, family)) for s in samples]
+
     samples = [s for s in family.SAMPLES if sample in (None, s.name)]
+    values = find("values", samples)
+    if "values" in rows:
+        yield from values
+    samples = [s for s, f in zip(samples, values, strict=True) if f.outcome == OK]
     for row in rows:
-        found = [Finding(op, row, s.name, label, *_outcome(s, provider, row, device, family)) for s in samples]
-        if row == "values":
-            yield from found
-        elif found:
+        if row != "values" and (found := find(row, samples)):
             yield min(found, key=lambda f: (WRONG, OK, ABSENT).index(f.outcome))
 
 
 def _outcome(case: Case, provider: Provider, row: str, device: str, family: Any) -> tuple[str, str]:
     try:
         function = provider.implementation(case)
-        subject = Subject(case, function, family.eager, family.reference, device, provider.may_overwrite(case.op))
+        interpreted = device == "cpu" and provider.triton
+        subject = Subject(case, function, family.eager, family.reference, device, provider.modes, interpreted)
         wrong = ROWS[row](subject)
     except (Unavailable, _DoesNotApply) as reason:
         return ABSENT, str(reason)

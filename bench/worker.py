@@ -51,7 +51,8 @@ class Job:
 
 
 def find_case(op: str, name: str) -> Case:
-    return next(case for case in families()[op].CASES if case.name == name)
+    cases: list[Case] = families()[op].CASES
+    return next(case for case in cases if case.name == name)
 
 
 def rows(job: Job, case: Case, eager: Any, reference: Any, providers: Mapping[str, Provider]) -> Iterator[Row]:
@@ -191,8 +192,9 @@ def _failure(error: Exception) -> tuple[str, str]:
 
 def set_precision(precision: str) -> None:
     """Float32 products of every library: "ieee", or "tf32"."""
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = precision
+    backends.cudnn.conv.fp32_precision = precision
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """torch._addmm_activation: torch's one route to cuBLASLt's fused bias and ReLU. It has no derivative."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,5 +24,5 @@ def implementation(case: Case) -> Function:
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     need(bias is not None, "needs a bias")
     assert bias is not None
-    y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    y = torch._addmm_activation(bias, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight.t())
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -15,6 +15,7 @@ from dlaccel.bench.case import Case, Function
 from dlaccel.bench.provider import importable, need, pick
 
 NAME = "attorch"
+TRITON = True
 
 
 def available() -> str | None:

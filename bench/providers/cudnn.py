@@ -1,5 +1,7 @@
 """cuDNN, also where eager would choose a kernel of torch's own. Not yet run on a GPU."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import relu, relu6
@@ -38,7 +40,7 @@ def batch_norm(
     y: Tensor = torch.ops.aten.cudnn_batch_norm(*arguments)[0]
     if residual is not None:
         y = y + residual
-    return {None: lambda t: t, "relu": relu, "relu6": relu6}[activation](y)
+    return y if activation is None else {"relu": relu, "relu6": relu6}[activation](y)
 
 
 def depthwise_conv2d(
@@ -51,7 +53,7 @@ def depthwise_conv2d(
 ) -> Tensor:
     need(not isinstance(padding, str), "cudnn_convolution takes no padding by name")
     pairs = [list(v) if isinstance(v, tuple) else [v, v] for v in (padding, stride, dilation)]
-    flags = torch.backends.cudnn
+    flags: Any = torch.backends.cudnn
     tail = (flags.benchmark, flags.deterministic, flags.conv.fp32_precision == "tf32")
     y: Tensor = torch.ops.aten.cudnn_convolution(input, weight, *pairs, input.shape[1], *tail)
     return y if bias is None else y + bias.view(-1, 1, 1)

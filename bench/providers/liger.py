@@ -7,6 +7,7 @@ from dlaccel.bench.provider import importable, need, pick
 
 NAME = "liger"
 DISTRIBUTION = "liger-kernel"
+TRITON = True
 OVERWRITES = ("cross_entropy",)
 
 
