@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from dlaccel.bench import provider, results, run, summary, timing, verify
+from dlaccel.bench import compare, provider, results, run, summary, timing, verify
 from dlaccel.bench.case import families
 from dlaccel.bench.gate import MODES
 
@@ -23,6 +24,11 @@ EXIT = "exit codes: 0 ok, 1 a row is slower (compare), 2 usage, 3 dlaccel gave a
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 
+ELSEWHERE = {  # verbs whose module has add_arguments(parser) and main(args) -> exit code
+    "inspect": ("dlaccel.bench.inspect", "compile the kernels for any GPU and read the machine code; needs no GPU"),
+    "tune": ("dlaccel.bench.tune", "measure configurations on this GPU and keep the best"),
+    "claims": ("dlaccel.bench.claims.cli", "the lecture's claims about throughput and depth, measured here"),
+}
 Item = TypeVar("Item")
 
 EXAMPLES = """\
@@ -164,13 +170,53 @@ def do_verify(args: argparse.Namespace) -> int:
     return OK if found else NOTHING
 
 
+def load(paths: Iterable[Path]) -> list[results.Row]:
+    """Rows of result files; lines that cannot be read are named on standard error."""
+    rows, problems = results.read_all(paths)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    return rows
+
+
+def do_compare(args: argparse.Namespace) -> int:
+    before, after = (load(compare.find(what, args.out)) for what in (args.before, args.after))
+    if unlike := compare.differences(before, after):
+        print("error: these runs cannot be compared:\n  " + "\n  ".join(unlike), file=sys.stderr)
+        return USAGE
+    changes = compare.compare(before, after)
+    print(summary.table(compare.HEADERS, [compare.cells(change) for change in changes]), end="\n\n")
+    counts = Counter(change.verdict for change in changes)
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts)) or "no row was timed in both")
+    if not changes:
+        return NOTHING
+    return REGRESSION if counts[compare.SLOWER] or counts[compare.LOST] else OK
+
+
+def do_baseline(args: argparse.Namespace) -> int:
+    if args.action == "save":
+        rows = load(results.files(args.results or args.out))
+        try:
+            path = compare.save(rows, args.out, args.name or "default")
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        print(f"{len(rows)} rows saved as {path}")
+        return OK
+    names = compare.baselines(args.out)
+    if args.name is None:
+        print("\n".join(names) or "no baselines saved")
+        return OK
+    choose("baseline", [args.name], names)
+    print(summary.text(load([compare.baseline_path(args.out, args.name)])))
+    return OK
+
+
 def exit_code(rows: Sequence[results.Row]) -> int:
     if any(row.provider == "dlaccel" and row.status == "failed" for row in rows):
         return INCORRECT
     return OK if any(row.timed for row in rows) else NOTHING
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(asked: str = "") -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
         prog="python -m dlaccel.bench", description="Checks against float64, then times against torch and other libraries.",
         epilog=f"{EXAMPLES}\n{EXIT}", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -209,11 +255,36 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--sample", help="one sample by name")
     sub.add_argument("--backend", choices=("torch", "triton"), help="of dlaccel; default: both")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+    sub = verb(
+        "compare", "two runs: SAME, FASTER, SLOWER, AMBIGUOUS or LOST per row; exit code 1 on SLOWER or LOST", do_compare
+    )
+    sub.add_argument("before", help="a result file, a folder of them, or a baseline's name")
+    sub.add_argument("after")
+    sub.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where baselines are; default: results")
+
+    sub = verb("baseline", "keep a run under a name, for compare", do_baseline)
+    sub.add_argument("action", choices=("save", "show"))
+    sub.add_argument("name", nargs="?", help="save: default 'default'; show: default a list of the names")
+    sub.add_argument("--results", type=Path, metavar="PATH", help="what to save; default: DIR")
+    sub.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+
+    for name, (module, help) in ELSEWHERE.items():
+        if name == asked:  # the others are not imported
+            found = importlib.import_module(module)
+            found.add_arguments(verb(name, help, found.main))
+        else:
+            verb(name, help, lambda args: USAGE)
     return new
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser(argv[0] if argv else "").parse_args(argv)
+    except ImportError as error:
+        print(f"error: {argv[0]} is not available here: {error}", file=sys.stderr)
+        return USAGE
     do: Callable[[argparse.Namespace], int] = args.do
     try:
         return do(args)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlaccel.bench import __main__ as cli
-from dlaccel.bench import gate, results, run, summary, timing, worker
+from dlaccel.bench import compare, gate, results, run, summary, timing, verify, worker
 from dlaccel.bench.case import Case, normal
 from dlaccel.bench.ceilings import Ceilings
 from dlaccel.bench.provider import Provider, Unavailable
@@ -372,6 +372,139 @@ def test_verdicts() -> None:
     assert "Losing rows (ratio below 0.95): 1\n  toy/d" in text
 
 
+# ---- compare --------------------------------------------------------------------------------------------------------
+
+
+def timed_row(ms: list[float]) -> Row:
+    ratio = timing.ratio([[10.0] * len(ms)] * 3, [ms] * 3)
+    return replace(
+        BLANK, provider="dlaccel", status="passed", samples_ms=ms * 3, eager_samples_ms=[10.0] * len(ms) * 3, median_ms=ms[0],
+        ratio=ratio.median, repeat_ratios=ratio.repeats, cpu="A", threads=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        ([5.0, 5.1, 4.9], compare.SAME),
+        ([5.2, 5.1, 5.3], compare.SAME),  # under 5 %
+        ([10.0, 10.1, 9.9], compare.SLOWER),
+        ([2.5, 2.6, 2.4], compare.FASTER),
+        ([6.0, 4.0, 9.0], compare.AMBIGUOUS),  # 17 % slower, but the samples overlap
+    ],
+)
+def test_compare_judges_from_the_samples(after: list[float], verdict: str) -> None:
+    (change,) = compare.compare([timed_row([5.0, 5.1, 4.9])], [timed_row(after)])
+    assert change.verdict == verdict
+
+
+def test_compare_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def save(name: str, *rows: Row) -> str:
+        with results.Writer(tmp_path / name / "bench.jsonl") as file:
+            for row in rows:
+                file.write(row)
+        return str(tmp_path / name)
+
+    fast, slow = timed_row([5.0, 5.1, 4.9]), timed_row([10.0, 10.1, 9.9])
+    a, b = save("a", fast), save("b", slow)
+    lost = save("lost", fast.untimed("failed", "output: error 3"))
+    other = save("other", replace(fast, cpu="B", threads=2))
+    assert cli.main(["compare", a, a]) == cli.OK
+    assert cli.main(["compare", a, b]) == cli.REGRESSION
+    assert cli.main(["compare", b, a]) == cli.OK
+    assert cli.main(["compare", a, lost]) == cli.REGRESSION
+    assert "LOST: failed, output: error 3" in capsys.readouterr().out
+    assert cli.main(["compare", a, other]) == cli.USAGE
+    error = capsys.readouterr().err
+    assert "cpu: A in the first, B in the second" in error and "threads: 1 in the first, 2 in the second" in error
+    assert cli.main(["compare", a, save("none", replace(fast, case="another"))]) == cli.NOTHING
+
+    out = ["--out", str(tmp_path)]
+    assert cli.main(["baseline", "save", "good", "--results", a, *out]) == cli.OK
+    assert cli.main(["compare", "good", b, *out]) == cli.REGRESSION
+    assert cli.main(["compare", "godo", b, *out]) == cli.USAGE
+    assert "saved: good" in capsys.readouterr().err
+    assert cli.main(["baseline", "show", *out]) == cli.OK
+    assert cli.main(["baseline", "show", "good", *out]) == cli.OK
+    assert "toy/c" in capsys.readouterr().out
+    assert cli.main(["baseline", "save", "../evil", "--results", a, *out]) == cli.USAGE
+
+
+# ---- verify ---------------------------------------------------------------------------------------------------------
+
+
+def found_by_verify(provider: Provider) -> dict[str, tuple[str, str]]:
+    family = SimpleNamespace(SAMPLES=[make_case("plain"), make_case("again")], eager=eager, reference=eager)
+    found = verify.findings(provider.name, provider, "toy", family, list(verify.ROWS), "cpu")
+    return {f"{f.row}: {f.sample}" if f.row == "values" else f.row: (f.outcome, f.reason) for f in found}
+
+
+def test_verify_finds_nothing_wrong_with_eager() -> None:
+    found = found_by_verify(module("eager", eager))
+    absent = {"channels_last inputs", "channels_last gradient"}  # the made-up op has no third dimension
+    assert {row for row, (outcome, _) in found.items() if outcome == verify.ABSENT} == absent
+    assert {outcome for row, (outcome, _) in found.items() if row not in absent} == {verify.OK}
+    assert len(found) == len(verify.ROWS) + 1
+
+
+class _Fused(torch.autograd.Function):
+    """What hand-written kernels often get wrong: strides, the layout of the gradient, second derivatives, inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, flaw: str) -> Tensor:
+        if flaw == "inputs unchanged":
+            y = x.mul_(scale).relu()
+            x.div_(scale)
+            x[0, 0] = 0
+        else:
+            y = (x * scale).relu()
+        if flaw == "strided inputs" and not x.is_contiguous():
+            y = torch.zeros_like(y)
+        if flaw == "values in bfloat16" and x.dtype == torch.bfloat16:
+            y = y.abs().bfloat16() * 1.05
+        ctx.save_for_backward(x.clone(), scale, y)
+        ctx.flaw = flaw
+        return y + torch.rand(()) * 1e-7 if flaw == "bitwise repeatable" else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale, y = ctx.saved_tensors
+        if ctx.flaw == "double backward":
+            dy, scale, x = dy.detach(), scale.detach(), x.detach()
+        if ctx.flaw == "stride-0 gradient" and 0 in dy.stride():
+            dy = dy.as_strided(dy.shape, (1, 1))
+            dy = dy * torch.arange(dy.shape[0])[:, None]
+        dz = dy * (y > 0)
+        both = all(ctx.needs_input_grad[:2])
+        if ctx.flaw == "some gradients only" and not both:
+            dz = dz * 2
+        return dz * scale, (dz * x).sum(0), None
+
+
+@pytest.mark.parametrize(
+    "flaw",
+    ["values in bfloat16", "inputs unchanged", "strided inputs", "stride-0 gradient", "some gradients only", "double backward",
+     "bitwise repeatable"],
+)  # fmt: skip
+def test_verify_sees_each_flaw_in_its_row(flaw: str) -> None:
+    found = found_by_verify(module("fused", lambda x, scale: _Fused.apply(x, scale, flaw)))
+    wrong = {row for row, (outcome, _) in found.items() if outcome == verify.WRONG}
+    assert flaw in wrong
+    assert not any(row.startswith("values: ") for row in wrong), "a flaw that plain values do not show"
+
+
+def test_a_finding_says_how_to_see_it_alone() -> None:
+    finding = verify.Finding("toy", "double backward", "no bias", "dlaccel/triton", verify.WRONG, "bad")
+    command = (
+        "python -m dlaccel.bench verify --op toy --row 'double backward' --provider dlaccel --backend triton --sample 'no bias'"
+    )
+    assert finding.reproduce() == command
+    assert command in verify.text([finding], {"quack": "no GPU"}, summary.table, "cpu")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -381,6 +514,8 @@ def test_verdicts() -> None:
         (["run", "--mode", "sideways"], "unknown mode 'sideways'; known: fwd, bwd, train, dgrad, wgrad"),
         (["run", "--dtype", "fp8"], "unknown dtype 'fp8'"),
         (["list", "everything"], "unknown list 'everything'"),
+        (["verify", "--op", "linear_relu", "--row", "value"], "unknown row 'value' (did you mean 'values'?)"),
+        (["verify", "--op", "linear_relu", "--sample", "huge"], "unknown sample 'huge'"),
     ],
 )
 def test_bad_arguments_list_what_is_valid(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,15 +524,21 @@ def test_bad_arguments_list_what_is_valid(arguments: list[str], message: str, ca
 
 
 def test_every_verb_without_triton_and_gpu(tmp_path: Path) -> None:
-    """In processes of their own, as a user starts them; `triton` cannot be imported in any of them."""
+    """In a process where `triton` cannot be imported, nor in the workers it starts."""
     (tmp_path / "triton.py").write_text("raise ImportError('planted')")
     path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     env.pop("TRITON_INTERPRET", None)
     out = tmp_path / "results"
-    small = "--op linear_relu --case 8x8x8 --dtype fp32"
-    for arguments in ("list", f"run {small} --mode fwd --preset quick --device cpu --out {out}"):
-        command = [sys.executable, "-m", "dlaccel.bench", *arguments.split()]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "linear_relu/8x8x8" in done.stdout
+    lines = f"""list
+verify --op linear_relu --row values --sample bias --provider dlaccel --device cpu
+run --op linear_relu --case 8x8x8 --dtype fp32 --mode fwd --preset quick --device cpu --out {out}
+compare {out} {out}
+baseline save --out {out}"""
+    code = "import sys; from dlaccel.bench.__main__ import main; sys.exit(any([main(l.split()) for l in sys.argv[1:]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *lines.splitlines()], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("dlaccel/triton is not in the table: triton cannot be imported", "2 rows in", "1 SAME", "rows saved as"):
+        assert part in done.stdout, done.stdout + done.stderr
