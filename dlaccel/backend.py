@@ -130,6 +130,10 @@ def decide(op: Op, args: tuple[Any, ...]) -> tuple[str, str]:
 
 def choose(op: Op, args: tuple[Any, ...]) -> str:
     """The backend of a call; `auto` logs its reason once."""
+    if forced == "torch":  # the common cases first: this runs on every call
+        return forced
+    if forced == "auto" and args[0].is_cpu and (op.name, _ON_THE_CPU) in _logged:
+        return "torch"
     backend, reason = decide(op, args)
     if forced == "auto" and (op.name, reason) not in _logged:
         _logged.add((op.name, reason))

@@ -491,3 +491,14 @@ def test_every_op_is_documented_and_explained() -> None:
         assert len(implementation(op).__doc__ or "") > 200
     for name, op in REGISTRY.items():
         assert callable(op.floor("torch").explain), name
+
+
+@over(FIRST, "torch")
+def test_compiled_autograd(sample: Case, backend: str) -> None:
+    f = ours(sample, torch.float32)
+    tensors = f.tensors
+    want = with_gradients(f, tensors, COTANGENTS["stride 0"])
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        f(*tensors).backward(COTANGENTS["stride 0"](want[0]))
+    close([t.grad for t in tensors], want[1:])

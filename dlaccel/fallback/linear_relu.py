@@ -56,15 +56,12 @@ def beats_aten(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_cpu and x.numel() * weight.shape[0] >= least_products()
 
 
-def _matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None, weight_gradient: bool = False) -> Tensor:
+def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.T + bias for matrices of any strides."""
-    # On Zen 4 oneDNN loses the weight gradient with short rows, (N, M) by (M, K) at K < 1024.
-    if beats_aten(a, b) and not (weight_gradient and b.shape[0] < 1024 and onednn_family() == ZEN_4):
-        if bias is not None:  # which oneDNN takes for contiguous, whatever its stride
-            bias = bias.contiguous()
-        result: Tensor = _onednn(a, b, bias, "none", [], "")
-        return result
-    return _linear(a, b, bias)
+    if bias is not None:  # which oneDNN takes for contiguous, whatever its stride
+        bias = bias.contiguous()
+    result: Tensor = _onednn(a, b, bias, "none", [], "")
+    return result
 
 
 def _as_2d(t: Tensor) -> Tensor:
@@ -72,7 +69,8 @@ def _as_2d(t: Tensor) -> Tensor:
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = _matmul_t(_as_2d(x), weight, bias).relu_()
+    product = _onednn_product if beats_aten(x, weight) else _linear
+    y = product(_as_2d(x), weight, bias).relu_()
     if x.dim() == 2:
         return y
     view: Tensor = _unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
@@ -83,10 +81,16 @@ def linear_relu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dz = _as_2d(_threshold_backward(dy, y, 0))
-    dx = _matmul_t(dz, weight.t()) if mask[0] else None
-    if dx is not None and x.dim() != 2:
-        dx = _unsafe_view(dx, x.shape)
-    dweight = _matmul_t(dz.t(), _as_2d(x).t(), weight_gradient=True) if mask[1] else None
+    onednn = beats_aten(x, weight)
+    dx = dweight = None
+    if mask[0]:
+        dx = _onednn_product(dz, weight.t()) if onednn else dz.mm(weight)
+        if x.dim() != 2:
+            dx = _unsafe_view(dx, x.shape)
+    if mask[1]:
+        # On Zen 4 oneDNN is slower at the weight gradient where its rows are short.
+        onednn = onednn and (x.shape[-1] >= 1024 or onednn_family() == ZEN_5)
+        dweight = _onednn_product(dz.t(), _as_2d(x).t()) if onednn else dz.t().mm(_as_2d(x))
     return dx, dweight, dz.sum(0) if mask[2] else None
 
 

@@ -25,6 +25,11 @@ _functorch_active = _C._are_functorch_transforms_active
 _any_requires_grad: Any = _C._any_requires_grad
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform or a forward-mode level is active."""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
 def kernel(declaration: Op, overload: Any) -> Callable[..., Any]:
     redispatch, arguments, filled = overload.redispatch, overload._schema.arguments, declaration.filled
     options = [i for i, a in enumerate(arguments) if "Tensor" not in str(a.type)]
@@ -44,7 +49,8 @@ def kernel(declaration: Op, overload: Any) -> Callable[..., Any]:
                 outputs = below(keyset, *args)
             tensors = declaration.saved(args, outputs)
             ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
+            if transformed():
+                ctx.save_for_forward(*tensors)
             ctx.set_materialize_grads(False)
             ctx.options = [args[i] for i in options]
             if declaration.non_differentiable:
@@ -53,11 +59,15 @@ def kernel(declaration: Op, overload: Any) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if all(g is None for g in grads):
+            if grads[0] is None and all(g is None for g in grads):
                 return no_gradients
-            ctx.wanted = list(ctx.needs_input_grad[1:])
+            ctx.wanted = ctx.needs_input_grad[1:]
             gradients = declaration.backward(ctx, *grads)
             return None, *gradients, *no_gradients[1 + len(gradients) :]
+
+        @staticmethod
+        def _compiled_autograd_key(ctx: Any) -> tuple[int]:
+            return (ctx._autograd_function_id,)
 
         @staticmethod
         def jvp(ctx: Any, _keyset: Any, *tangents: Any) -> Any:
