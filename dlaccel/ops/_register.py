@@ -75,7 +75,11 @@ class Op:
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         defaults = tuple(a.default_value for a in op._schema.arguments)
         mutated = [i for i, a in enumerate(op._schema.arguments) if a.alias_info]
-        self.filled = filled = lambda args: args if len(args) == len(defaults) else (*args, *defaults[len(args) :])
+
+        def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return args if len(args) == len(defaults) else (*args, *defaults[len(args) :])
+
+        self.filled = filled
 
         def checked(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
