@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 import torch
 
-from dlaccel.bench import compare, provider, results, run, summary, timing, verify
+from dlaccel.bench import compare, provider, report, results, run, summary, timing, verify
 from dlaccel.bench.case import families
 from dlaccel.bench.gate import MODES
 
@@ -165,6 +167,9 @@ def do_verify(args: argparse.Namespace) -> int:
     pairs = [(name, backend) for name in names for backend in (backends if name == "dlaccel" else [""])]
     found, absent = verify.verify(pairs, ops, rows, args.device, args.sample, progress=bar)
     print(verify.text(found, absent, summary.table, args.device))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "verify.jsonl").write_text("".join(json.dumps(asdict(f)) + "\n" for f in found))
     if any(f.outcome == verify.WRONG and f.provider.startswith("dlaccel") for f in found):
         return INCORRECT
     return OK if found else NOTHING
@@ -210,6 +215,20 @@ def do_baseline(args: argparse.Namespace) -> int:
     return OK
 
 
+def do_report(args: argparse.Namespace) -> int:
+    has_rows = list(args.dir.glob("bench*.jsonl"))
+    if not has_rows and not (args.dir / "claims.jsonl").exists():
+        raise FileNotFoundError(f"{args.dir}: neither bench*.jsonl nor claims.jsonl here")
+    rows, problems = results.read_all(sorted(has_rows))
+    if rows:
+        print(summary.text(rows), end="\n\n")
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    path = report.write(args.dir, rows, problems)
+    print(f"{path} and {len(list((args.dir / 'figures').glob('*.png')))} figures in {args.dir / 'figures'}")
+    return OK if rows or not has_rows else NOTHING
+
+
 def exit_code(rows: Sequence[results.Row]) -> int:
     if any(row.provider == "dlaccel" and row.status == "failed" for row in rows):
         return INCORRECT
@@ -253,6 +272,7 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
     many(sub, "op", "provider")
     sub.add_argument("--row", action="append", default=[], help=f"one of: {', '.join(verify.ROWS)}")
     sub.add_argument("--sample", help="one sample by name")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/verify.jsonl, which report shows")
     sub.add_argument("--backend", choices=("torch", "triton"), help="of dlaccel; default: both")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -262,6 +282,9 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
     sub.add_argument("before", help="a result file, a folder of them, or a baseline's name")
     sub.add_argument("after")
     sub.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where baselines are; default: results")
+
+    sub = verb("report", "an HTML page and figures from the results in a folder, claims and verify included", do_report)
+    sub.add_argument("dir", type=Path, nargs="?", default=Path("results"), metavar="DIR", help="default: results")
 
     sub = verb("baseline", "keep a run under a name, for compare", do_baseline)
     sub.add_argument("action", choices=("save", "show"))

@@ -27,7 +27,8 @@ def eager_ms(row: Row) -> float:
 
 
 def losses(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if verdict(row) == "LOSS" and row.provider != "eager"]
+    """dlaccel's losing rows."""
+    return [row for row in rows if verdict(row) == "LOSS" and row.provider == "dlaccel"]
 
 
 def geometric_means(rows: Iterable[Row]) -> list[tuple[str, float, int]]:
@@ -39,7 +40,8 @@ def geometric_means(rows: Iterable[Row]) -> list[tuple[str, float, int]]:
             layout = "" if row.layout == "contiguous" else f" {row.layout}"
             what = f"{row.provider}: {row.op} {row.dtype}{layout} {row.mode} on {row.device}{allocator}"
             groups.setdefault(what, []).append(row.ratio)
-    return [(what, math.exp(sum(map(math.log, r)) / len(r)), len(r)) for what, r in sorted(groups.items())]
+    means = [(what, math.exp(sum(map(math.log, r)) / len(r)), len(r)) for what, r in groups.items()]
+    return sorted(means, key=lambda mean: (not mean[0].startswith("dlaccel:"), mean[0]))
 
 
 HEADERS = (
@@ -100,6 +102,6 @@ def text(rows: Iterable[Row]) -> str:
         parts.append("Geometric mean over the goal rows (times as fast as eager):")
         parts[-1] += "".join(f"\n  {what}: {mean:.2f}x over {n} rows" for what, mean, n in means)
     lost = losses(rows)
-    parts.append(f"Losing rows (ratio below {LOSS}): {len(lost) or 'none'}")
-    parts[-1] += "".join(f"\n  {cells(row)[0]} {row.dtype} {row.mode} {row.provider}: {row.ratio:.2f}" for row in lost)
+    parts.append(f"Losing rows of dlaccel (ratio below {LOSS}): {len(lost) or 'none'}")
+    parts[-1] += "".join(f"\n  {cells(row)[0]} {row.dtype} {row.mode}: {row.ratio:.2f}" for row in lost)
     return "\n\n".join(parts)

@@ -293,22 +293,25 @@ def _root() -> str:
     return str(Path(results.__file__).resolve().parents[1])
 
 
-def text(found: Sequence[Finding], absent: dict[str, str], table: Callable[..., str], device: str) -> str:
-    """The table rows x providers, then each wrong one with its reason and how to reproduce it."""
+def grid(found: Sequence[Finding]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The providers, and for each row its label and their outcomes."""
     providers = list(dict.fromkeys(f.provider for f in found))
     cells = {(_label(f), f.provider): f.outcome for f in found}
-    lines = [
-        (label, *(cells.get((label, p), ABSENT) for p in providers))
-        for label in sorted(dict.fromkeys(_label(f) for f in found), key=lambda label: label.split(": ", 1)[0])
-    ]
+    labels = sorted(dict.fromkeys(map(_label, found)), key=lambda label: label.split(": ", 1)[0])
+    return providers, [(label, [cells.get((label, p), ABSENT) for p in providers]) for label in labels]
+
+
+def text(found: Sequence[Finding], absent: dict[str, str], table: Callable[..., str], device: str) -> str:
+    """The table rows x providers, then each wrong one with its reason and how to reproduce it."""
+    providers, lines = grid(found)
     where = results.provenance(device, threads=1, clock="", precision="ieee", seed=0)
     how = where["gpu"] or f"{where['cpu']}, Triton kernels interpreted"
-    parts = [table(("", *providers), lines), f"Made on: {how}; torch {where['torch']}, triton {where['triton'] or 'absent'}."]
-    parts += [f"{label} is not in the table: {reason}" for label, reason in absent.items()]
+    parts = [f"{label} is not in the table: {reason}" for label, reason in absent.items()]
     for f in found:
         if f.outcome == WRONG:
             parts.append(f"{f.provider}, {_label(f)} ({f.sample}): {f.reason}\n    {f.reproduce()}")
-    return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+    made_on = f"Made on: {how}; torch {where['torch']}, triton {where['triton'] or 'absent'}."
+    return "\n\n".join([table(("", *providers), [(label, *outcomes) for label, outcomes in lines]), made_on, "\n".join(parts)])
 
 
 def _label(f: Finding) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dlaccel.bench import __main__ as cli
-from dlaccel.bench import compare, gate, results, run, summary, timing, verify, worker
+from dlaccel.bench import compare, figures, gate, report, results, run, summary, timing, verify, worker
 from dlaccel.bench.case import Case, normal
 from dlaccel.bench.ceilings import Ceilings
 from dlaccel.bench.provider import Provider, Unavailable
@@ -369,7 +370,7 @@ def test_verdicts() -> None:
     assert summary.verdict(row(0.5, eager_ms=0.019)) == "overhead"
     text = summary.text([row(2.0), replace(row(0.5), case="d"), replace(row(9.0), case="e", status="suspect")])
     assert "dlaccel: toy float32 fwd on cpu: 1.00x over 2 rows" in text
-    assert "Losing rows (ratio below 0.95): 1\n  toy/d" in text
+    assert "Losing rows of dlaccel (ratio below 0.95): 1\n  toy/d" in text
 
 
 # ---- compare --------------------------------------------------------------------------------------------------------
@@ -502,6 +503,68 @@ def test_a_finding_says_how_to_see_it_alone() -> None:
     assert command in verify.text([finding], {"quack": "no GPU"}, summary.table, "cpu")
 
 
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def rows_to_show() -> list[Row]:
+    good = replace(
+        timed_row([5.0, 5.1, 4.9]), case="fast", tags=["goal"], bytes=10**6, flops=10**7, gbps=20.0, tflops=0.002, p20_ms=4.9,
+        p80_ms=5.1, ratio_p20=1.9, ratio_p80=2.1, ceiling_gbps=30.0, ceiling_tflops=0.1, time_utc="2026-01-02T03:04:05+00:00",
+        git_sha="0123456789abcdef", torch="2.x",
+    )  # fmt: skip
+    lost = replace(good, case="slow <b>", ratio=0.5, mode="train", repeat_ratios=[0.5] * 3)
+    return [good, lost, replace(BLANK, provider="dlaccel", case="bad", reason="output: error 3", cpu="A")]
+
+
+def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with results.Writer(tmp_path / "bench.jsonl") as file:
+        for row in rows_to_show():
+            file.write(row)
+    (tmp_path / "bench.jsonl").open("a").write('{"half": ')
+    finding = verify.Finding("toy", "double backward", "no bias", "attorch", verify.WRONG, "second derivative 3: error")
+    (tmp_path / "verify.jsonl").write_text(json.dumps(asdict(finding)))
+    claim = {
+        "claim": 3,
+        "id": "H8",
+        "quantity": "copy",
+        "status": "projected",
+        "value": 12.5,
+        "unit": "GB/s",
+        "device": "D",
+        "source": "S",
+    }
+    (tmp_path / "claims.jsonl").write_text(json.dumps(claim))
+    assert cli.main(["report", str(tmp_path)]) == cli.OK
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and ' src="http' not in page and "@import" not in page and "<link" not in page
+    for shown in (
+        "toy/slow &lt;b&gt;", "output: error 3", "bench.jsonl:4: not complete JSON", "0123456789ab", "2026-01-02", "0.50",
+        "second derivative 3: error", "--provider attorch", "12.5", "projected",
+    ):  # fmt: skip
+        assert shown in page, shown
+    if figures.problem() is None:
+        pictures = sorted(p.name for p in (tmp_path / "figures").iterdir())
+        assert pictures == ["m0-roofline-float32.png", "m0-speedup-toy-float32.png", "m0-throughput-toy-train.png"]
+        assert page.count("<svg") == 3
+        ids = re.findall(r'\bid="([^"]+)"', page)
+        assert len(ids) == len(set(ids)), "figures do not share ids"
+        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page.replace('href="#here1"', ""))) <= {
+            pair for name in ids for pair in ((name, ""), ("", name))
+        }  # fmt: skip
+    assert "left out: " in capsys.readouterr().err
+
+
+def test_report_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "problem", lambda: "matplotlib is not installed")
+    page = report.write(tmp_path, rows_to_show(), []).read_text()
+    assert "No figures: matplotlib is not installed" in page and "toy/fast" in page
+
+
+def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path)]) == cli.USAGE
+    assert "neither bench*.jsonl nor claims.jsonl" in capsys.readouterr().err
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -534,11 +597,18 @@ def test_every_verb_without_triton_and_gpu(tmp_path: Path) -> None:
 verify --op linear_relu --row values --sample bias --provider dlaccel --device cpu
 run --op linear_relu --case 8x8x8 --dtype fp32 --mode fwd --preset quick --device cpu --out {out}
 compare {out} {out}
-baseline save --out {out}"""
+baseline save --out {out}
+report {out}"""
     code = "import sys; from dlaccel.bench.__main__ import main; sys.exit(any([main(l.split()) for l in sys.argv[1:]]))"
     done = subprocess.run(
         [sys.executable, "-c", code, *lines.splitlines()], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("dlaccel/triton is not in the table: triton cannot be imported", "2 rows in", "1 SAME", "rows saved as"):
+    for part in (
+        "dlaccel/triton is not in the table: triton cannot be imported",
+        "2 rows in",
+        "1 SAME",
+        "rows saved as",
+        "report.html",
+    ):
         assert part in done.stdout, done.stdout + done.stderr

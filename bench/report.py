@@ -1,0 +1,175 @@
+"""One HTML page from the rows: opens from disk, needs no network and no JavaScript. The figures also as PNG files beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlaccel.bench import figures, results, summary, verify
+from dlaccel.bench.results import Row
+
+RECORDED = Path(__file__).parent / "results"  # rows of other machines that come with dlaccel
+
+
+@dataclass
+class Figure:
+    title: str
+    svg: str
+    png: str
+
+
+@dataclass
+class Machine:
+    """What was measured on one machine."""
+
+    name: str
+    facts: list[tuple[str, str]]
+    counts: str
+    means: list[tuple[str, float, int]]
+    others: list[tuple[str, str, str]]
+    losses: list[tuple[str, ...]]
+    untimed: list[tuple[str, ...]]
+    table: list[tuple[str, tuple[str, ...]]]  # (kind of verdict, cells)
+    figures: list[Figure] = field(default_factory=list)
+
+
+def machine(name: str, rows: Sequence[Row], folder: Path, prefix: str) -> Machine:
+    """Figures go to `folder` under names that start with `prefix`."""
+    rows = sorted(rows, key=summary.order)
+    shown = [row for row in rows if row.provider != "eager" or not row.timed]
+    means = summary.geometric_means(rows)
+    count = Counter(row.status for row in shown)
+    return Machine(
+        name=name,
+        facts=facts(rows),
+        counts=", ".join(f"{count[status]} {status}" for status in results.STATUSES if count[status]),
+        means=means,
+        others=[(what, f"{mean:.2f}", str(n)) for what, mean, n in means if not what.startswith("dlaccel:")],
+        losses=[summary.cells(row) for row in summary.losses(rows)],
+        untimed=[
+            (*summary.cells(row)[:4], summary.verdict(row)) for row in shown if row.status in ("failed", "refused", "suspect")
+        ],
+        table=[(_kind(row), summary.cells(row)) for row in shown if row.status != "unavailable"],
+        figures=list(draw(rows, folder, prefix)),
+    )
+
+
+def _kind(row: Row) -> str:
+    return summary.verdict(row).split(":")[0].lower()
+
+
+def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Machine, versions, commit and date, each with all its values."""
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(getattr(row, name)) for row in rows} - {""}))
+
+    loads = [row.load for row in rows]
+    times = sorted(row.time_utc[:16].replace("T", " ") for row in rows if row.time_utc)
+    commits = sorted({row.git_sha[:12] + (" with local changes" if row.git_dirty else "") for row in rows if row.git_sha})
+    found = {
+        "GPU": all_of("gpu"), "driver": all_of("driver"), "CPU": all_of("cpu"), "threads": all_of("threads"),
+        "clock": all_of("clock"), "load average": f"{min(loads):.2f} to {max(loads):.2f}" if loads else "",
+        "float32 products": all_of("precision"), "torch": all_of("torch"), "Triton": all_of("triton"), "NumPy": all_of("numpy"),
+        "Python": all_of("python"), "commit": ", ".join(commits),
+        "measured": f"{' to '.join(dict.fromkeys([times[0], times[-1]]))} UTC" if times else "",
+    }  # fmt: skip
+    return [(name, value) for name, value in found.items() if value]
+
+
+def draw(rows: Sequence[Row], folder: Path, prefix: str) -> list[Figure]:
+    """Every figure of one machine's rows."""
+    if figures.problem():
+        return []
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row.allocator != "default"] or list(rows)
+    known = dict(facts(rows))
+    where = ", ".join(
+        filter(None, [known.get("GPU") or known.get("CPU"), f"threads {known.get('threads')}", known.get("commit")])
+    )
+    date = max((row.time_utc[:10] for row in rows), default="")
+    wanted: list[tuple[str, str, Any]] = []
+    for op in dict.fromkeys(row.op for row in rows):
+        of_op = [row for row in rows if row.op == op]
+        for dtype in sorted({row.dtype for row in of_op}, reverse=True):
+            chosen = [row for row in of_op if row.dtype == dtype]
+            wanted.append((f"speedup-{op}-{dtype}", f"{op}, {dtype}: against eager", figures.speedups(chosen, f"{op} {dtype}")))
+        modes = [m for m in ("train", "fwd") if any(row.mode == m for row in of_op)][:1]
+        for mode in modes:
+            chosen = [row for row in of_op if row.mode == mode]
+            title = f"{op}, {mode}: throughput against size"
+            wanted.append((f"throughput-{op}-{mode}", title, figures.throughput(chosen, f"{op} {mode}")))
+    for dtype in sorted({row.dtype for row in rows}, reverse=True):
+        chosen = [row for row in rows if row.dtype == dtype]
+        wanted.append((f"roofline-{dtype}", f"Roofline, {dtype}", figures.roofline(chosen, f"dlaccel, {dtype}")))
+    drawn = []
+    for name, title, figure in wanted:
+        if figure is None:
+            continue
+        svg = figures.svg(figure, prefix + name)
+        figure.text(0.005, 0.003, f"{where}, {date}", fontsize=5)  # a picture on its own says where it comes from
+        figures.png(figure, folder / f"{prefix}{name}.png")
+        pyplot.close(figure)
+        drawn.append(Figure(f"{title} ({where}, {date})", svg, f"figures/{prefix}{name}.png"))
+    return drawn
+
+
+def recorded() -> dict[str, list[Row]]:
+    """Rows that came with dlaccel, by folder of bench/results."""
+    found = {}
+    for folder in sorted(p for p in RECORDED.glob("*") if p.is_dir()):
+        rows, _ = results.read_all(sorted(folder.glob("bench*.jsonl")))
+        if rows:
+            found[folder.name] = rows
+    return found
+
+
+def claims(out: Path) -> tuple[list[tuple[int, list[dict[str, Any]]]], list[tuple[str, str]]]:
+    """The rows of claims.jsonl by claim, and the claims' figures as (name, data URI)."""
+    path = out / "claims.jsonl"
+    by_claim: dict[int, list[dict[str, Any]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            by_claim.setdefault(int(row["claim"]), []).append(row)
+        except (ValueError, KeyError, TypeError):
+            continue  # `claims` itself names unreadable lines
+    pictures = sorted((out / "claims").glob("*.png"))
+    data = [(p.stem.replace("_", " "), "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode()) for p in pictures]
+    return sorted(by_claim.items()), data
+
+
+def conformance(out: Path) -> tuple[list[str], list[tuple[str, list[str]]], list[verify.Finding]]:
+    """Providers, lines of the table and what was wrong, of the last `verify --out`."""
+    path = out / "verify.jsonl"
+    found = [verify.Finding(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return (*verify.grid(found), [f for f in found if f.outcome == verify.WRONG])
+
+
+def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
+    """Writes report.html and figures/ into `out`. Raises ImportError without jinja2."""
+    from jinja2 import Environment, FileSystemLoader
+
+    folder = out / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.gpu or row.cpu, []).append(row)
+    here = [machine(name, found, folder, f"m{i}-") for i, (name, found) in enumerate(sorted(groups.items()))]
+    others = [machine(f"{name} (recorded)", found, folder, f"{name}-") for name, found in recorded().items()]
+    claim_rows, claim_figures = claims(out)
+    providers, lines, wrong = conformance(out)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+    page = environment.get_template("report.html").render(
+        machines=here, recorded=others, headers=summary.HEADERS, problems=problems, loss=summary.LOSS, claims=claim_rows,
+        claim_figures=claim_figures, figure_problem=figures.problem(), providers=providers, lines=lines, wrong=wrong,
+    )  # fmt: skip
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
