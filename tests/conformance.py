@@ -32,8 +32,11 @@ Private API of torch, used here alone: tests that need a name torch no longer ha
 
 from __future__ import annotations
 
+import functools
 import random
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,26 +47,26 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dlaccel.bench.accuracy import close_enough
 from tests.kit import DEVICE
 
-try:
-    from hypothesis import settings
-except ImportError:
-    profile = None
-else:
-    profile = settings.get_current_profile_name()
-try:
-    from torch.testing._internal.common_methods_invocations import op_db
-    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-except ImportError as e:
-    pytest.skip(f"torch's tables are not where they were: {e}", allow_module_level=True)
-finally:
-    if profile is not None:  # torch's helpers load a Hypothesis profile of their own
-        settings.load_profile(profile)
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SEEDS = (0, 1, 2)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Adapt = Callable[[tuple[Any, ...], dict[str, Any]], Call | None]
+
+
+@functools.cache
+def _tables() -> Any:
+    """Imported at the first use, which takes seconds. torch's helpers load a Hypothesis profile of their own: put back."""
+    profile = sys.modules["hypothesis"].settings.get_current_profile_name() if "hypothesis" in sys.modules else None
+    try:
+        from torch.testing._internal.common_methods_invocations import op_db
+        from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+    except ImportError as e:
+        pytest.skip(f"torch's tables are not where they were: {e}")
+    finally:
+        if profile is not None:
+            sys.modules["hypothesis"].settings.load_profile(profile)
+    return SimpleNamespace(op_db=op_db, module_db=module_db, at_construction=ModuleErrorEnum.CONSTRUCTION_ERROR)
 
 
 def as_is(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -83,7 +86,7 @@ def check_function(
     adapt: Adapt = as_is,
 ) -> None:
     """`ours` does what torch's function `name` does, on every sample of its OpInfo."""
-    infos = [info for info in op_db if info.name == name and dtype in _dtypes(info)]
+    infos = [info for info in _tables().op_db if info.name == name and dtype in _dtypes(info)]
     if not infos:
         pytest.skip(f"torch's table has no {name} in {dtype} on {DEVICE}")
     with _ran_on_the_forced_backend():
@@ -102,7 +105,7 @@ def check_function(
 def check_errors(name: str, ours: Callable[..., Any], *, at_least: int, adapt: Adapt = as_is) -> None:
     """`ours` raises torch's type of error on every bad input of torch's function `name`."""
     count = 0
-    for info in (info for info in op_db if info.name == name and info.error_inputs_func is not None):
+    for info in (info for info in _tables().op_db if info.name == name and info.error_inputs_func is not None):
         for error in info.error_inputs(DEVICE):
             sample = error.sample_input
             if (call := adapt((sample.input, *sample.args), sample.kwargs)) is not None:
@@ -184,14 +187,14 @@ def check_module_errors(name: str, ours: Callable[..., torch.nn.Module], *, at_l
             made = error.module_error_input
             with pytest.raises(error.error_type):
                 module = ours(*made.constructor_input.args, **made.constructor_input.kwargs)
-                assert error.error_on != ModuleErrorEnum.CONSTRUCTION_ERROR, f"{name} was made"
+                assert error.error_on != _tables().at_construction, f"{name} was made"
                 module.to(DEVICE)(*made.forward_input.args, **made.forward_input.kwargs)
             count += 1
     assert count >= at_least, f"{count} cases ran, expected at least {at_least}"
 
 
 def _module_info(name: str) -> Any:
-    return next(info for info in module_db if info.module_cls is _module_class(name))
+    return next(info for info in _tables().module_db if info.module_cls is _module_class(name))
 
 
 def _module_class(name: str) -> Any:

@@ -40,6 +40,8 @@ if importlib.util.find_spec("expecttest") is None:  # torch's own test helpers i
     shim.assert_expected_inline = None  # type: ignore[attr-defined]
     sys.modules["expecttest"] = shim
 
+torch.backends.disable_global_flags = lambda: None  # which the same helpers call when imported; tests may set torch.backends.*
+
 from tests.kit import DEVICE, INTERPRET  # noqa: E402
 
 try:
