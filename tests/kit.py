@@ -133,22 +133,31 @@ def check(
     g: Tensor | None = None,
     *,
     reference: Function | None = None,
+    state: Sequence[int] = (),
     terms: Sequence[float] | None = None,
 ) -> None:
     """f and its gradients are as accurate as eager's, compared with `reference` (eager) in float64; f leaves its inputs alone.
 
+    `state`: indices of tensors that the call updates (running statistics), compared afterwards as results are.
     `terms`: see close_enough; one number for the result and one for each gradient.
     """
-    g = _dense(eager(*[t.detach() for t in tensors])) if g is None else g
-    with unchanged(*tensors, g):
+    theirs, exact = _copies(tensors), _copies(tensors, torch.float64)
+    g = _dense(eager(*_copies([t.detach() for t in tensors]))) if g is None else g
+    with unchanged(*[t for i, t in enumerate(tensors) if i not in state], g):
         got = with_gradients(f, tensors, g)
-    exact = with_gradients(reference or eager, [_double(t) for t in tensors], g.double())
-    theirs = with_gradients(eager, [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors], g)
-    assert_close_enough(got, theirs, exact, terms=terms)
+    want, truth = with_gradients(eager, theirs, g), with_gradients(reference or eager, exact, g.double())
+    assert_close_enough(got, want, truth, terms=terms)
+    for i in state:
+        wrong = close_enough(tensors[i], theirs[i], exact[i])
+        assert wrong is None, f"updated input {i} {wrong}"
 
 
-def _double(t: Tensor) -> Tensor:
-    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    def copy(t: Tensor) -> Tensor:
+        wanted = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        return t.detach().to(wanted, copy=True).requires_grad_(t.requires_grad)
+
+    return [copy(t) for t in tensors]
 
 
 @contextlib.contextmanager

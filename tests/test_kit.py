@@ -136,6 +136,22 @@ def test_check_sees_an_overwritten_input():
         check(lambda x: F.relu_(x), relu, [torch.randn(5, device=DEVICE)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_check_compares_state(dtype):
+    def call(momentum):
+        return lambda x, mean, var: F.batch_norm(x, mean, var, training=True, momentum=momentum)
+
+    def given():
+        x = torch.randn(5, 3, device=DEVICE, dtype=dtype, requires_grad=True)
+        return [x, torch.zeros(3, device=DEVICE, dtype=dtype), torch.ones(3, device=DEVICE, dtype=dtype)]
+
+    check(call(0.1), call(0.1), given(), state=(1, 2))
+    with pytest.raises(AssertionError, match="updated input 1 error"):
+        check(call(0.11), call(0.1), given(), state=(1, 2))
+    with pytest.raises(AssertionError, match="input 1 was changed"):
+        check(call(0.1), call(0.1), given())
+
+
 def test_unchanged_takes_nan():
     t = torch.tensor([NAN, 1.0])
     with unchanged(t):
