@@ -3,11 +3,77 @@ autocast, torch.compile, torch.func, export and DTensor. See `dlaccel.explain` f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from dlaccel.ops import depthwise_conv as _depthwise_conv
 from dlaccel.ops import linear_relu as _linear_relu
 
-__all__ = ["linear_relu"]
+__all__ = ["depthwise_conv1d", "depthwise_conv2d", "linear_relu"]
+
+
+def depthwise_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv1d` with one filter, or `multiplier` filters, per channel: groups = C.
+
+    Runs as `depthwise_conv2d` on images of height 1.
+
+    Args:
+        input: (N, C, L) or (C, L), floating point, any strides.
+        weight: (C * multiplier, 1, K). Output channel o reads input channel o // multiplier.
+        bias: (C * multiplier,).
+        stride, dilation: at least 1.
+        padding: zeros on both sides, or "valid" (none), or "same" (as many outputs as inputs; the odd one on the right).
+
+    Returns:
+        (N, C * multiplier, OL) or (C * multiplier, OL), OL = (L + 2 padding - dilation (K - 1) - 1) // stride + 1.
+
+    Raises:
+        RuntimeError: shapes do not match, dtypes or devices differ, or the kernel is longer than the padded input.
+
+    >>> y = depthwise_conv1d(torch.randn(2, 8, 100), torch.randn(8, 1, 4), padding="same")
+    """
+    return _depthwise_conv.depthwise_conv1d(input, weight, bias, stride, padding, dilation)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` with one filter, or `multiplier` filters, per channel: groups = C.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), floating point, any strides.
+        weight: (C * multiplier, 1, KH, KW). Output channel o reads input channel o // multiplier.
+        bias: (C * multiplier,).
+        stride, dilation: at least 1; one number or (height, width).
+        padding: zeros on both sides, one number or (height, width); or "valid" (none); or "same" (as many outputs as
+            inputs, stride 1 only; the odd one at the bottom and on the right).
+
+    Returns:
+        (N, C * multiplier, OH, OW) or (C * multiplier, OH, OW) in input's dtype (under autocast in autocast's), with
+        OH = (H + 2 padding - dilation (KH - 1) - 1) // stride + 1. As in torch it, and the gradients, are in
+        channels_last if input or weight is, else contiguous.
+
+    Raises:
+        RuntimeError: shapes do not match, dtypes or devices differ, or the kernel is larger than the padded input.
+
+    Where a weight is inf or NaN, the Triton kernels may return NaN at the border, where torch skips the padding.
+
+    >>> y = depthwise_conv2d(torch.randn(2, 8, 28, 28), torch.randn(8, 1, 5, 5), stride=2, padding=2)
+    """
+    return _depthwise_conv.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

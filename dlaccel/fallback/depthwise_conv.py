@@ -1,0 +1,243 @@
+"""Depthwise convolution in plain torch, for any device.
+
+On the CPU aten runs oneDNN, whose fast depthwise kernels cover the forward with padding up to 6, the input gradient without
+dilation (in bfloat16 also without stride), and the weight gradient of undilated kernels up to 3 wide. The rest takes generic
+paths, 3 to 300 times slower than memory. Both gradients are themselves depthwise forward convolutions, so here, for float32
+and bfloat16 on the CPU, they are asked for as such where that is faster:
+
+    forward    padding > 6 is made by F.pad; a channel multiplier by repeating the channels
+    dgrad      convolution of dy with flipped weights and padding dilation * (K - 1) - padding; a stride puts zeros into dy
+    wgrad      convolution of x with dy as the filter, stride and dilation exchanged; N goes into the channels (contiguous),
+               or one convolution per image (channels_last)
+
+The rules below are measured (docs/ops/depthwise_conv2d.md; torch 2.13 with oneDNN 3.12 on Zen 5) and look at sizes only, so
+that the same call always runs the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlaccel.memory_format import empty, suggests_channels_last
+
+MAX_PADDING = 6  # of oneDNN's fast kernels
+SMALL = 2**17  # multiply-adds of a forward, below which being an operator costs more than the faster gradients save
+IMAGE = 2**19  # multiply-adds of an image, from which its own convolution is faster than aten's channels_last gradient
+
+_backward = torch.ops.aten.convolution_backward.default
+Ints = Sequence[int]
+
+
+@functools.cache
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        return bool(supported())
+    return dtype == torch.float32
+
+
+def _onednn(t: Tensor) -> bool:
+    return t.is_cpu and _onednn_takes(t.dtype) and bool(torch.backends.mkldnn.enabled) and t.numel() > 0
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _finished(t: Tensor, channels_last: bool) -> Tensor:
+    """t as a fresh tensor, with the strides of the fake also where a size of 1 leaves them open."""
+    _, c, h, w = t.shape
+    if t.stride() == ((c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)) and not t._is_view():
+        return t
+    return empty(t, t.shape, channels_last).copy_(t)
+
+
+def _never_returns(x: Tensor, weight: Tensor, padding: Ints) -> bool:
+    """oneDNN 3.12 generates code without end for narrow bfloat16 images in channels_last under wide kernels."""
+    width = x.shape[3] + padding[2] + padding[3] - weight.shape[3] + 1
+    return x.dtype == torch.bfloat16 and weight.shape[0] <= 16 and weight.shape[3] >= 15 and width >= 31
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool
+) -> Tensor:
+    """aten's convolution of as many filters as channels, in a form that oneDNN's fast kernels take.
+
+    padding: (top, bottom, left, right); a negative one crops.
+    """
+    if channels_last and _onednn(x) and _never_returns(x, weight, padding):
+        channels_last = False
+    memory_format = _format(channels_last)
+    top, bottom, left, right = padding
+    if min(padding) < 0:
+        h, w = x.shape[2:]
+        x = x[:, :, max(-top, 0) : h - max(-bottom, 0), max(-left, 0) : w - max(-right, 0)]
+        top, bottom, left, right = (max(p, 0) for p in padding)
+    x = x.contiguous(memory_format=memory_format)
+    refused = max(top, left) > MAX_PADDING and (not channels_last or max(dilation) > 1) and _onednn(x)
+    if refused or (top, left) != (bottom, right):
+        x = F.pad(x, (left, right, top, bottom))
+        top = left = 0
+    # In aten a channels_last weight would decide the format too.
+    return F.conv2d(x, weight.contiguous(), bias, stride, (top, left), dilation, x.shape[1])
+
+
+def _repeated(x: Tensor, multiplier: int, channels_last: bool) -> Tensor:
+    """Each channel `multiplier` times, in place."""
+    if multiplier == 1:
+        return x
+    if channels_last:
+        return x.movedim(1, -1).repeat_interleave(multiplier, -1).movedim(-1, 1)
+    return x.repeat_interleave(multiplier, 1)
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
+    if _onednn(x):
+        x = _repeated(x, weight.shape[0] // x.shape[1], channels_last)
+        return _finished(_conv(x, weight, bias, stride, padding, dilation, channels_last), channels_last)
+    top, bottom, left, right = padding
+    groups = x.shape[1]
+    if (top, left) != (bottom, right):
+        x = F.pad(x, (left, right, top, bottom))
+        top = left = 0
+    return _finished(F.conv2d(x, weight, bias, stride, (top, left), dilation, groups), channels_last)
+
+
+def _native(dy: Tensor, x: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, mask: list[bool]) -> Tensor:
+    """aten's own gradient: of x or of weight, of which the other is only asked for its shape."""
+    top, bottom, left, right = padding
+    groups, symmetric = x.shape[1], (top, left) == (bottom, right)
+    if not symmetric:
+        h, w = x.shape[2:]
+        x = F.pad(x, (left, right, top, bottom)) if mask[1] else x.new_empty((*x.shape[:2], h + top + bottom, w + left + right))
+    pads = [top, left] if symmetric else [0, 0]
+    gradients = _backward(dy, x, weight, None, stride, pads, dilation, False, [0, 0], groups, mask)
+    if mask[1]:
+        dweight: Tensor = gradients[1]
+        return dweight
+    dx: Tensor = gradients[0]
+    return dx if symmetric else dx[:, :, top : top + h, left : left + w]
+
+
+def _macs(y: Ints, kernel: Ints) -> int:
+    return math.prod(y) * math.prod(kernel)
+
+
+def _dgrad_by_convolution(
+    dy: Tensor, kernel: Ints, multiplier: int, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool
+) -> bool:
+    if not _onednn(dy):
+        return False
+    if multiplier > 1:
+        return not channels_last
+    if max(dilation) > 1:
+        return True
+    if max(stride) > 1:
+        return dy.dtype == torch.bfloat16
+    if channels_last:
+        return kernel[1] > 3 and not 11 <= kernel[1] <= 14  # oneDNN unrolls a forward of 11 to 14 taps too far
+    return kernel[1] > 3 and all(k - 1 - padding[2 * d] <= MAX_PADDING for d, k in enumerate(kernel))
+
+
+def _wgrad_by_convolution(dy: Tensor, kernel: Ints, dilation: Ints, channels_last: bool) -> bool:
+    if not _onednn(dy) or (kernel[1] <= 3 and max(dilation) == 1):
+        return False
+    # aten's channels_last gradient: 3e9 multiply-adds a second, half of it with dilation, a quarter in bfloat16.
+    slowness = 4 if dy.dtype == torch.bfloat16 else 2 if max(dilation) > 1 else 1
+    return not channels_last or _macs(dy.shape[1:], kernel) * slowness >= IMAGE
+
+
+def beats_aten(x: Tensor, weight: Tensor, y: Ints, stride: Ints, padding: Ints, dilation: Ints) -> bool:
+    """Whether the functions below run something else than aten would, and gain more than an operator costs. y: its shape."""
+    kernel = weight.shape[2:]
+    if not _onednn(x):
+        return False
+    if x.shape[1] != weight.shape[0] or max(padding) > MAX_PADDING or _never_returns(x, weight, padding):
+        return True
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad) or _macs(y, kernel) <= SMALL:
+        return False
+    return kernel[1] > 3 or max(dilation) > 1 or (max(stride) > 1 and x.dtype == torch.bfloat16)
+
+
+def _spread(dy: Tensor, size: Ints, start: Ints, step: Ints, channels_last: bool) -> Tensor:
+    """Zeros of this size, in which dy's pixel (i, j) stands at start + step * (i, j), where that is inside."""
+    first = [max(0, -(start[d] // step[d])) for d in (0, 1)]
+    last = [min(dy.shape[2 + d], (size[d] - 1 - start[d]) // step[d] + 1) for d in (0, 1)]
+    grid = empty(dy, (*dy.shape[:2], *size), channels_last).zero_()
+    if first[0] < last[0] and first[1] < last[1]:
+        rows, columns = (slice(start[d] + first[d] * step[d], None, step[d]) for d in (0, 1))
+        inside = dy[:, :, first[0] : last[0], first[1] : last[1]]
+        grid[:, :, rows, columns][:, :, : inside.shape[2], : inside.shape[3]] = inside
+    return grid
+
+
+def depthwise_conv2d_dgrad(
+    dy: Tensor, weight: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool
+) -> Tensor:
+    _, c, *size = shape
+    multiplier = weight.shape[0] // c
+    if not _dgrad_by_convolution(dy, weight.shape[2:], multiplier, stride, padding, dilation, channels_last):
+        x = empty(dy, shape, channels_last)
+        return _finished(_native(dy, x, weight, stride, padding, dilation, [True, False, False]), channels_last)
+    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    before = [reach[d] - padding[2 * d] for d in (0, 1)]
+    if max(stride) > 1:
+        dy = _spread(dy, [size[d] + reach[d] for d in (0, 1)], before, stride, channels_last)
+        pads = (0, 0, 0, 0)
+    else:
+        after = [size[d] + padding[2 * d] - dy.shape[2 + d] for d in (0, 1)]
+        pads = (before[0], after[0], before[1], after[1])
+    dx = _conv(dy, weight.flip(2, 3), None, (1, 1), pads, dilation, channels_last)
+    if multiplier > 1:
+        dx = dx.unflatten(1, (c, multiplier)).sum(2)
+    return _finished(dx, channels_last)
+
+
+def depthwise_conv2d_wgrad(
+    dy: Tensor, x: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool
+) -> Tensor:
+    n, filters = dy.shape[:2]
+    kh, kw = shape[2:]
+    if _onednn(x):
+        x = _repeated(x, filters // x.shape[1], channels_last)
+    if not _wgrad_by_convolution(dy, (kh, kw), dilation, channels_last):
+        weight = x.new_empty(shape)
+        x, dy = (t.contiguous(memory_format=_format(channels_last)) for t in (x, dy))
+        return _finished(_native(dy, x, weight, stride, padding, dilation, [False, True, False]), channels_last)
+    if channels_last:
+        dw = x.new_zeros(shape, dtype=torch.float32)
+        for image, filter in zip(x.split(1), dy, strict=True):
+            # .contiguous(): oneDNN wants the filter in this order first; aten's own copy into it is slower.
+            products = _conv(image, filter.unsqueeze(1).contiguous(), None, dilation, padding, stride, True)
+            dw += products[0, :, None, :kh, :kw]
+    else:
+        images = x.reshape(1, n * filters, *x.shape[2:])
+        products = _conv(images, dy.reshape(n * filters, 1, *dy.shape[2:]), None, dilation, padding, stride, False)
+        dw = products[0, :, :kh, :kw].reshape(n, *shape).sum(0, dtype=torch.float32)
+    return _finished(dw.to(x.dtype), channels_last)
+
+
+def explain(name: str, *args: Any) -> str:
+    if name == "depthwise_conv2d":
+        x, weight, _, _, padding, _ = args
+        how = "aten.convolution"
+        if _onednn(x) and max(padding) > MAX_PADDING:
+            how += " behind F.pad"
+        return how + (" of repeated channels" if _onednn(x) and weight.shape[0] > x.shape[1] else "")
+    dy, other, shape, stride, padding, dilation, channels_last = args
+    if name == "depthwise_conv2d_dgrad":
+        multiplier = dy.shape[1] // shape[1]
+        composed = _dgrad_by_convolution(dy, other.shape[2:], multiplier, stride, padding, dilation, channels_last)
+        return "aten.convolution of dy with flipped weights" if composed else "aten.convolution_backward"
+    composed = _wgrad_by_convolution(dy, shape[2:], dilation, channels_last)
+    return "aten.convolution of x with dy as its filter" if composed else "aten.convolution_backward"
