@@ -1,0 +1,73 @@
+"""Figures from rows. Measured: solid and coloured; cited: grey; projected: hatched. No figure of two kinds without a legend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dlaccel.bench.claims.row import Row, Status
+
+STYLE: dict[Status, dict[str, Any]] = {
+    "measured": {"facecolor": "#0b6e99", "edgecolor": "#0b6e99"},
+    "cited": {"facecolor": "#b5b5b5", "edgecolor": "#8a8a8a"},
+    "projected": {"facecolor": "white", "edgecolor": "#8a8a8a", "hatch": "////"},
+}
+
+
+def available() -> bool:
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    return True
+
+
+@contextmanager
+def figure(path: Path, width: float = 8, height: float = 3.5, **subplots: Any) -> Iterator[Any]:
+    """(figure, axes) that is written to `path` at the end."""
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(width, height), layout="constrained", **subplots)
+    yield fig, axes
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+
+
+def label(row: Row) -> str:
+    """Whose number, and of what; a measured one with its date."""
+    where = f"{row.device}, {row.time_utc[:10]}" if row.status == "measured" else row.device
+    return f"{row.quantity}\n{where}"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents where people read them."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def bars(
+    rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = False, name: Callable[[Row], str] = label
+) -> Path:
+    """One horizontal bar a row, with its number."""
+    from matplotlib.patches import Patch
+
+    rows = sorted((row for row in rows if row.value is not None), key=lambda row: row.value or 0)
+    with figure(path, 9, 1.1 + 0.42 * len(rows)) as (_, ax):
+        for y, row in enumerate(rows):
+            value = row.value or 0
+            ax.barh(y, value, height=0.7, **STYLE[row.status])
+            if row.low is not None and row.high is not None:
+                ax.plot([row.low, row.high], [y, y], color="black", lw=1, marker="|", ms=5)
+            mark = " projected" if row.status == "projected" else ""
+            ax.annotate(f" {number(value)}{mark}", (max(value, row.high or 0), y), va="center", fontsize=8)
+        ax.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7)
+        if log:
+            ax.set_xscale("log")
+        ax.margins(x=0.18)
+        ax.set_xlabel(unit)
+        ax.set_title(title, fontsize=11)
+        kinds = [kind for kind in STYLE if any(row.status == kind for row in rows)]
+        ax.legend([Patch(**STYLE[kind]) for kind in kinds], kinds, loc="lower right", fontsize=8)
+    return path
