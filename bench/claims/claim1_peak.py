@@ -16,18 +16,25 @@ CLAIM = 1
 TITLE = "A $1,000 graphics card is worth 350 laptops"
 SAYS = "The NVIDIA TITAN X, $1,000 at the end of 2015, reaches 6.6 TFLOPS in single precision: about 350 times a modern laptop."
 COMPARES = (
-    "The most a GPU could do at its boost clock, with what a laptop program without vector instructions achieves: 6.6 TFLOPS / 350 "
-    "= 18.9 GFLOPS. A 2-core laptop of 2015 could do 173 GFLOPS, so peak against peak the card was 38 laptops. No workload, "
-    "precision or source is given with the number."
+    "The most a GPU could do at its boost clock, with what a laptop program without vector instructions achieves: 6.6 "
+    "TFLOPS / 350 = 18.9 GFLOPS. A 2-core laptop of 2015 could do 173 GFLOPS, so peak against peak the card was 38 "
+    "laptops. No workload, precision or source is given with the number."
 )
 READING = (
-    "Measured on the same network, the card was 19 to 61 times a 6-core desktop CPU, depending on the CPU's software alone. No "
-    "public measurement supports 350. Peak against peak the ratio came true about eight years later, with the H100."
+    "Measured on the same network, the card was 19 to 61 times a 6-core desktop CPU, depending on the CPU's software "
+    "alone. No public measurement supports 350. Peak against peak the ratio came true about eight years later, with the "
+    "H100."
 )
+HEADLINES = ("fp32 matrix product", "TITAN X over i7")
 CITED_RUNS = [
     ("TITAN X over dual E5-2630v3, 8 networks, forward + backward", 40.5, 49.4, "jcjohnson/cnn-benchmarks 83d441f, cuDNN 5.1"),
     ("K80 die over dual E5-2666v3, 9 networks, forward + backward", 7.9, 22.2, "Paperspace/cnn-benchmarks df524d3"),
-    ("TITAN X over i7-5930K, AlexNet, three versions of Caffe on the CPU", 19.0, 61.0, "soumith/convnet-benchmarks, branch cpu"),
+    (
+        "TITAN X over i7-5930K, AlexNet, three versions of Caffe on the CPU",
+        19.0,
+        61.0,
+        "soumith/convnet-benchmarks, branch cpu",
+    ),
 ]
 SIZES = {"quick": (256, 512, 1024), "default": (256, 512, 1024, 2048), "full": (256, 512, 1024, 2048, 4096)}
 GPU_SIZES = (1024, 4096, 8192)
@@ -45,7 +52,14 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
     for id in ("laptop_2015", "e5_2697v2"):
         chip = table[id]
         yield book.projected(
-            "H2", "fp32 peak", 1e3 * chip["fp32_tflops"], "GFLOP/s", chip["name"], chip["source"], "upper bound", baseline=implied
+            "H2",
+            "fp32 peak",
+            1e3 * chip["fp32_tflops"],
+            "GFLOP/s",
+            chip["name"],
+            chip["source"],
+            "upper bound",
+            baseline=implied,
         )
     for what, low, high, source in CITED_RUNS:
         yield book.cited("H2", what, (low * high) ** 0.5, "x", "as named", source, low=low, high=high, hardware="gpu")

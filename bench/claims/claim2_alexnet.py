@@ -20,26 +20,29 @@ from dlaccel.functional import linear_relu
 CLAIM = 2
 TITLE = "AlexNet trains many times as fast on a Tesla K80"
 SAYS = (
-    "NVIDIA's bar chart: training throughput of AlexNet in Caffe over 20 iterations, against an Intel E5-2697 v2 at 2.7 GHz; the "
-    "K80 has 4992 cores, 2.9 TFLOPS, 480 GB/s, and is twice as fast, with double the memory."
+    "NVIDIA's bar chart: training throughput of AlexNet in Caffe over 20 iterations, against an Intel E5-2697 v2 at 2.7 "
+    "GHz; the K80 has 4992 cores, 2.9 TFLOPS, 480 GB/s, and is twice as fast, with double the memory."
 )
 COMPARES = (
-    "The board is two GPUs, and a process of 2014 used one. 4992 cores and 480 GB/s are sums of both; 2.9 TFLOPS is their double-"
-    "precision rate at boost clock, printed beside single-precision work (8.7 TFLOPS). \"Twice\" and \"double\" are against the K40, "
-    "not the CPU. The chart does not say how many sockets, threads or which BLAS the CPU had, and Caffe's CPU path of 2014 "
-    "multiplied one image at a time: batching alone made it 4.5 times as fast (arXiv 1504.04343)."
+    "The board is two GPUs, and a process of 2014 used one. 4992 cores and 480 GB/s are sums of both; 2.9 TFLOPS is their "
+    'double-precision rate at boost clock, printed beside single-precision work (8.7 TFLOPS). "Twice" and "double" are '
+    "against the K40, not the CPU. The chart does not say how many sockets, threads or which BLAS the CPU had, and "
+    "Caffe's CPU path of 2014 multiplied one image at a time: batching alone made it 4.5 times as fast (arXiv "
+    "1504.04343)."
 )
 READING = (
-    "The values of the bars are not in the text of the lecture and were not found elsewhere, so the protocol is repeated instead: "
-    "20 iterations of forward, backward and update on AlexNet as Caffe ships it. Rates of convolutions are nominal: libraries "
-    "that use fewer multiplications may pass the peak."
+    "The values of the bars are not in the text of the lecture and were not found elsewhere, so the protocol is repeated "
+    "instead: 20 iterations of forward, backward and update on AlexNet as Caffe ships it. Rates of convolutions are "
+    "nominal: libraries that use fewer multiplications may pass the peak."
 )
+HEADLINES = ("AlexNet training, fp32, torch ops", "AlexNet training, fp32, dlaccel ops", "CaffeNet training")
 
 
 class AlexNet(nn.Module):
-    """BVLC/caffe models/bvlc_alexnet/train_val.prototxt, 227 x 227 images: groups of 2, LRN before pooling, its initial weights.
+    """BVLC/caffe models/bvlc_alexnet/train_val.prototxt for 227 x 227 images: groups of 2, LRN before pooling.
 
-    The options of `forward` change what is computed, not the weights, so that variants share one network.
+    Weights start as its fillers say. The options of `forward` change what is computed, not the weights, so that variants
+    share one network.
     """
 
     def __init__(self, classes: int = 1000) -> None:
@@ -145,8 +148,20 @@ def _published(book: lab.Notebook) -> Iterator[Row]:
         yield book.cited("H4", "CaffeNet training", value, "images/s", device, caffe, formula=formula, hardware="gpu")
     runs = [
         ("AlexNet forward + backward, batch 16", 732, "TITAN X, cuDNN 5.1", "gpu", "jcjohnson/cnn-benchmarks 83d441f"),
-        ("AlexNet forward + backward, batch 16", 336, "Tesla K80, one of its two dies", "gpu", "Paperspace/cnn-benchmarks df524d3"),
-        ("AlexNet forward + backward, batch 128", 26, "i7-5930K (6 cores), Caffe + OpenBLAS", "cpu", "soumith/convnet-benchmarks"),
+        (
+            "AlexNet forward + backward, batch 16",
+            336,
+            "Tesla K80, one of its two dies",
+            "gpu",
+            "Paperspace/cnn-benchmarks df524d3",
+        ),
+        (
+            "AlexNet forward + backward, batch 128",
+            26,
+            "i7-5930K (6 cores), Caffe + OpenBLAS",
+            "cpu",
+            "soumith/convnet-benchmarks",
+        ),
         ("AlexNet forward + backward, batch 256", 46, "i7-5930K (6 cores), Caffe + MKL", "cpu", "soumith/convnet-benchmarks"),
         ("AlexNet forward + backward, batch 256", 83, "i7-5930K (6 cores), Intel's Caffe", "cpu", "soumith/convnet-benchmarks"),
     ]

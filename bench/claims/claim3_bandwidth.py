@@ -13,17 +13,20 @@ from dlaccel.bench.claims.row import Baseline, Row
 CLAIM = 3
 TITLE = "A GPU's memory is 14 times as fast as a CPU's"
 SAYS = (
-    "CPU: 20 GB/s to memory, 16 to other devices. GPU: 288 and 20. TPU: 20 and 16. Dense data is read in sequence, sparse data "
-    "at random."
+    "CPU: 20 GB/s to memory, 16 to other devices. GPU: 288 and 20. TPU: 20 and 16. Dense data is read in sequence, sparse "
+    "data at random."
 )
 COMPARES = (
-    "DARPA's table for its HIVE programme (2017). 288 GB/s is the board of a Tesla K40; 20 GB/s is about one channel of DDR4, a "
-    "third of what the socket beside that K40 had (59.7 GB/s, calculated). 16 is a PCIe 3.0 x16 slot, 20 one NVLink."
+    "DARPA's table for its HIVE programme (2017). 288 GB/s is the board of a Tesla K40; 20 GB/s is about one channel of "
+    "DDR4, a third of what the socket beside that K40 had (59.7 GB/s, calculated). 16 is a PCIe 3.0 x16 slot, 20 one "
+    "NVLink."
 )
 READING = (
-    "Right for a GPU of 2013, low for a server CPU of the same year. The last line is the one that matters: the same machine "
-    "reads a few per cent of its bandwidth when the order is random. Bandwidth counts bytes read plus bytes written, once each."
+    "Right for a GPU of 2013, low for a server CPU of the same year. The last line is the one that matters: the same "
+    "machine reads a few per cent of its bandwidth when the order is random. Bandwidth counts bytes read plus bytes "
+    "written, once each."
 )
+HEADLINES = ("copy", "gather in order", "gather at random")
 MIB = {"quick": 128, "default": 128, "full": 256}
 GPU_MIB = 1024  # far beyond the L2 cache
 
@@ -38,9 +41,7 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
         yield book.cited("H8", "link to other devices", chip["link_gbps"], "GB/s", chip["name"], chip["source"], **more)
     for id in ("k40", "titan_x", "h100_sxm"):
         chip = table[id]
-        yield book.cited(
-            "H8", "memory", chip["gbps"], "GB/s", chip["name"], chip["source"], hardware="gpu", baseline=slide_cpu
-        )
+        yield book.cited("H8", "memory", chip["gbps"], "GB/s", chip["name"], chip["source"], hardware="gpu", baseline=slide_cpu)
     chip = table["e5_2697v2"]
     yield book.projected(
         "H5", "memory", chip["gbps"], "GB/s", chip["name"], "4 channels x 1.866 GT/s x 8 B", "upper bound", baseline=slide_cpu
@@ -97,4 +98,6 @@ def _link(book: lab.Notebook, on: lab.Machine) -> Iterator[Row]:
 def figures(rows: Sequence[Row], out: Path) -> list[Path]:
     from dlaccel.bench.claims import plot
 
-    return [plot.bars([r for r in rows if r.unit == "GB/s"], out / "claim3_bandwidth.png", "Memory bandwidth", "GB/s", log=True)]
+    return [
+        plot.bars([r for r in rows if r.unit == "GB/s"], out / "claim3_bandwidth.png", "Memory bandwidth", "GB/s", log=True)
+    ]

@@ -15,13 +15,16 @@ CLAIM = 4
 TITLE = "Twenty-five scalar operations, five vector operations, or one matrix operation"
 SAYS = "On a 5x5 matrix a CPU does 25 scalar operations, a GPU 5 vector operations, a TPU 1 matrix operation."
 COMPARES = (
-    "Numbers of instructions for an element-wise operation, not speeds. A product of two 5x5 matrices is 125 multiply-adds: "
-    "125 scalar, 5 vector-matrix or 1 matrix operation. CPUs have vector units, and recent CPUs and GPUs have matrix units."
+    "Numbers of instructions for an element-wise operation, not speeds. A product of two 5x5 matrices is 125 "
+    "multiply-adds: 125 scalar, 5 vector-matrix or 1 matrix operation. CPUs have vector units, and recent CPUs and GPUs "
+    "have matrix units."
 )
 READING = (
-    "At 5x5 five calls of torch can be slower than 25 additions in Python, because a call costs more than the work in it. At 256x256 "
-    "the three are orders of magnitude apart. The scalar loop is Python's: the ratio belongs to this code, which stands below it."
+    "At 5x5 five calls of torch can be slower than 25 additions in Python, because a call costs more than the work in it. "
+    "At 256x256 the three are orders of magnitude apart. The scalar loop is Python's: the ratio belongs to this code, "
+    "which stands below it."
 )
+HEADLINES = ("5x5 product, scalar", "5x5 product, matrix", "256x256 product, scalar", "256x256 product, matrix")
 SIDES = {"quick": (5, 64, 256), "default": (5, 16, 64, 128, 256), "full": (5, 16, 64, 128, 256, 512)}
 SCALAR_ROWS = 8  # of a large product the scalar loop computes this many rows, and the time is scaled
 CODE = """\

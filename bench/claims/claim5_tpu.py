@@ -14,14 +14,15 @@ CLAIM = 5
 TITLE = "The TPU is ten times as fast as the best GPUs"
 SAYS = "Google's TPU is reported to be ten times as fast, and far more energy efficient, than top-of-the-line GPUs."
 COMPARES = (
-    "Google's announcement of 2016 says an order of magnitude better performance per watt. The paper that followed compares 8-bit "
-    "inference on the TPU with one die of a Tesla K80 of 2014: 15 to 30 times as fast, 30 to 80 times per watt. Neither is training, "
-    "neither is single precision."
+    "Google's announcement of 2016 says an order of magnitude better performance per watt. The paper that followed "
+    "compares 8-bit inference on the TPU with one die of a Tesla K80 of 2014: 15 to 30 times as fast, 30 to 80 times per "
+    "watt. Neither is training, neither is single precision."
 )
 READING = (
-    "Two statements have become one. No TPU is measured here. The nearest thing on other machines is what their matrix units gain "
-    "over their vector units when precision is given up, which is how the TPU was fast."
+    "Two statements have become one. No TPU is measured here. The nearest thing on other machines is what their matrix "
+    "units gain over their vector units when precision is given up, which is how the TPU was fast."
 )
+HEADLINES = ("inference per watt", "bf16 product")
 PAPER = "Jouppi et al., ISCA 2017, arXiv 1704.04760"
 SIDE = {"quick": 1024, "default": 1024, "full": 2048}
 
@@ -38,7 +39,9 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
         yield book.cited("H7", what, middle, "x", tpu["name"], PAPER, low=low, high=high, hardware="other")
     yield book.cited("H7", "performance per watt, \"an order of magnitude\"", 10, "x", tpu["name"],
                      "Google I/O keynote, 18 May 2016", hardware="other")  # fmt: skip
-    yield book.not_measured("H7", "a TPU, and energy on any device", "no TPU here, and power is not read", PAPER, hardware="other")
+    yield book.not_measured(
+        "H7", "a TPU, and energy on any device", "no TPU here, and power is not read", PAPER, hardware="other"
+    )
 
     machines = lab.machines(device)
     for index, on in enumerate(machines):

@@ -18,21 +18,26 @@ from dlaccel.functional import linear_relu
 CLAIM = 6
 TITLE = "Thousands of layers from scratch"
 SAYS = (
-    "Until the late 2000s the feedback signal faded as layers were added. Better activations, initialisation and optimizers "
-    "(RMSprop, Adam), then residual connections, batch normalization and depthwise-separable convolutions fixed it: models "
-    "thousands of layers deep train from scratch."
+    "Until the late 2000s the feedback signal faded as layers were added. Better activations, initialisation and "
+    "optimizers (RMSprop, Adam), then residual connections, batch normalization and depthwise-separable convolutions "
+    "fixed it: models thousands of layers deep train from scratch."
 )
 COMPARES = (
-    "Nets of 64 units a layer on 8 x 8 digits. Signal: the norm of a weight's gradient in the first hidden layer over that in "
-    "the last, before training; 1 is undiminished. Then accuracy on images not trained on, with Adam at one learning rate and "
-    "an equal number of epochs for all."
+    "Nets of 64 units a layer on 8 x 8 digits. Signal: the norm of a weight's gradient in the first hidden layer over "
+    "that in the last, before training; 1 is undiminished. Then accuracy on images not trained on, with Adam at one "
+    "learning rate and an equal number of epochs for all."
 )
 READING = (
-    "The signal of a sigmoid net does fade, to nothing at 50 layers. No remedy works alone: batch normalization without residual "
-    "connections makes the gradient explode, 1.21 times a layer (Yang et al., arXiv 1902.08129), which is worse than nothing. "
-    "Both together train at any depth tried. A shallow sigmoid net only looks untrainable: with enough epochs it learns. "
-    "Depthwise-separable convolution saves arithmetic; no source was found that it helps gradients. \"Thousands\" is thin: 1001 "
-    "layers were shown in 2016 (He et al., arXiv 1603.05027)."
+    "The signal of a sigmoid net does fade, to nothing at 50 layers. No remedy works alone: batch normalization without "
+    "residual connections makes the gradient explode, 1.21 times a layer (Yang et al., arXiv 1902.08129), which is worse "
+    "than nothing. Both together train at any depth tried. A shallow sigmoid net only looks untrainable: with enough "
+    "epochs it learns. Depthwise-separable convolution saves arithmetic; no source was found that it helps gradients. "
+    '"Thousands" is thin: 1001 layers were shown in 2016 (He et al., arXiv 1603.05027).'
+)
+HEADLINES = (
+    "gradient, first / last hidden layer, sigmoid, Xavier, 20",
+    "accuracy, sigmoid, Xavier, 20",
+    "accuracy, residual, batch norm, 20",
 )
 WIDTH, BATCH, LR = 64, 128, 1e-3
 DEPTHS = {"quick": (5, 20), "default": (5, 20, 50, 100), "full": (5, 20, 50, 100, 300, 1000)}
@@ -152,7 +157,13 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
 
 
 def _one(
-    book: lab.Notebook, on: lab.Machine, digits: data.Digits, preset: str, depth: int, name: str, progress: Callable[[str], None]
+    book: lab.Notebook,
+    on: lab.Machine,
+    digits: data.Digits,
+    preset: str,
+    depth: int,
+    name: str,
+    progress: Callable[[str], None],
 ) -> Iterator[Row]:
     seeds, epochs = SEEDS[preset], EPOCHS[preset]
     if depth >= 300:
@@ -231,7 +242,7 @@ def _growth(book: lab.Notebook, on: lab.Machine, layers: int = 20, width: int = 
     norms = [float(layer.weight.grad.norm()) for layer in net.hidden]  # type: ignore[union-attr, operator]
     growth = (norms[0] / norms[-1]) ** (1 / (len(norms) - 1))
     theory = Baseline(what="mean-field value sqrt(pi / (pi - 1))", value=math.sqrt(math.pi / (math.pi - 1)), status="projected")
-    return book.measured("A2", "gradient growth per layer, ReLU + batch norm without residual connections", growth, "x a layer", on,
+    return book.measured("A2", "gradient growth, ReLU + batch norm without residual connections", growth, "x a layer", on,
                          baseline=theory, note=f"{layers} layers of {width}, batch {width}", series={"norm": norms})  # fmt: skip
 
 
@@ -272,7 +283,11 @@ def _optimizers(
 def _separable(
     book: lab.Notebook, on: lab.Machine, digits: data.Digits, preset: str, progress: Callable[[str], None]
 ) -> Iterator[Row]:
-    plan = {"quick": ((4, 2),), "default": ((4, 10),), "full": ((4, 10), (50, 5), *(((500, 3),) if on.device == "cuda" else ()))}
+    plan = {
+        "quick": ((4, 2),),
+        "default": ((4, 10),),
+        "full": ((4, 10), (50, 5), *(((500, 3),) if on.device == "cuda" else ())),
+    }
     training, held_out = _parts(digits, 0, on.device)
     for blocks, epochs in plan[preset]:
         progress(f"depthwise-separable, {2 * blocks + 1} convolutions")

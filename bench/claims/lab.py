@@ -168,7 +168,7 @@ def devices() -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """"ieee" or "tf32" for matrix products and convolutions on a GPU."""
+    """ "ieee" or "tf32" for matrix products and convolutions on a GPU."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
     matmul.fp32_precision = conv.fp32_precision = precision

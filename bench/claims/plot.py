@@ -47,9 +47,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
-def bars(
-    rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = False, name: Callable[[Row], str] = label
-) -> Path:
+def bars(rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = False, name: Callable[[Row], str] = label) -> Path:
     """One horizontal bar a row, with its number."""
     from matplotlib.patches import Patch
 

@@ -139,7 +139,11 @@ def parse(line: str) -> Row:
         row = Row(**values)
     except TypeError as error:
         raise ValueError(str(error).replace("Row.__init__() ", "")) from None
-    if row.ratio is not None and not math.isclose(row.ratio, _number(ratio) or math.nan, rel_tol=1e-6) and math.isfinite(row.ratio):
+    if (
+        row.ratio is not None
+        and not math.isclose(row.ratio, _number(ratio) or math.nan, rel_tol=1e-6)
+        and math.isfinite(row.ratio)
+    ):
         raise ValueError(f"{row.quantity!r}: ratio {ratio} is not value / baseline")
     return row
 

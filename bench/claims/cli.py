@@ -1,0 +1,161 @@
+"""`python -m dlaccel.bench claims`: one experiment for each claim of the lecture."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dlaccel.bench import summary
+from dlaccel.bench.claims import lab, report
+from dlaccel.bench.claims.row import Row, dump, read, recorded
+
+OK, USAGE, NOTHING, INTERRUPTED = 0, 2, 4, 130
+EXAMPLES = """\
+examples:
+  python -m dlaccel.bench claims --preset quick --report
+  python -m dlaccel.bench claims --claim 6 --preset full
+  python -m dlaccel.bench claims --resume --budget 540 --out results/h100     # in steps; each continues the last
+  python -m dlaccel.bench claims --resume --report                            # the page again, from what is there
+
+Rows go to DIR/claims.jsonl, figures and claims.html beside it.
+exit codes: 0 ok, 2 usage, 4 nothing was measured"""
+FINISHED = "duration of the experiment"  # the last row of a claim, and so the mark that it is complete
+
+
+def do_list() -> None:
+    """The claims, for `python -m dlaccel.bench list`."""
+    lines = [(str(number), module.TITLE, module.__name__) for number, module in report.modules().items()]
+    print(summary.table(("claim", "title", "module"), lines))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    numbers = sorted(report.modules())
+    parser.add_argument("--claim", type=int, action="append", choices=numbers, metavar="N", help="1 to 8, repeatable")
+    parser.add_argument(
+        "--preset", choices=lab.PRESETS, default="default", help="quick: 2 minutes, default: 15 (of two free cores)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    parser.add_argument("--report", action="store_true", help="also write DIR/claims.html")
+    parser.add_argument("--resume", action="store_true", help="keep the rows in DIR; run the claims that are not complete")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no claim after this")
+
+
+def main(args: argparse.Namespace) -> int:
+    path = args.out / "claims.jsonl"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"error: --device cuda: {lab.NO_GPU}", file=sys.stderr)
+        return USAGE
+    try:
+        interrupted = _run(args, path, _kept(path, args))
+        rows, _ = read(path)
+        others = list(recorded(report.RESULTS))
+        figures = report.draw([*rows, *others], args.out)
+        if args.report:
+            page = args.out / "claims.html"
+            page.write_text(report.page(report.render(rows, figures, others)))
+            print(f"Report: {page}")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}; what was written before is kept", file=sys.stderr)
+        return USAGE
+    print(f"{len(rows)} rows in {path}")
+    if interrupted:
+        print("interrupted; --resume continues with the claim that was not complete", file=sys.stderr)
+        return INTERRUPTED
+    return OK if any(row.status == "measured" for row in rows) else NOTHING
+
+
+def _kept(path: Path, args: argparse.Namespace) -> list[Row]:
+    """With --resume the rows of complete claims and of other devices or presets; without it none. Rewrites the file so."""
+    rows: list[Row] = []
+    if args.resume and path.exists():
+        rows, problems = read(path)
+        for problem in problems:
+            print(f"{problem}: left out", file=sys.stderr)
+        complete = {(row.claim, row.preset) for row in rows if row.quantity == FINISHED}
+        rows = [row for row in rows if (row.claim, row.preset) in complete]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(dump(row) + "\n" for row in rows))
+    part.replace(path)
+    return rows
+
+
+def _run(args: argparse.Namespace, path: Path, kept: Sequence[Row]) -> bool:
+    """Runs the claims, writing each row as it is made. True if it was interrupted."""
+    known = report.modules()
+    complete = {
+        row.claim
+        for row in kept
+        if row.quantity == FINISHED and row.preset == args.preset and row.environment["device"] == args.device
+    }
+    plan = [number for number in args.claim or known if number not in complete]
+    begin = time.perf_counter()
+    with path.open("a") as file, _bar(len(plan)) as bar:
+        for done, number in enumerate(plan):
+            module = known[number]
+            if args.budget is not None and time.perf_counter() - begin > args.budget:
+                print(f"budget used up; claims {', '.join(map(str, plan[done:]))} are left for --resume", file=sys.stderr)
+                break
+            rows: list[Row] = []
+            start = time.perf_counter()
+
+            def progress(note: str, share: float, number: int = number, done: int = done) -> None:
+                bar(f"claim {number}: {note}", done + share)
+
+            def write(row: Row) -> None:
+                file.write(dump(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+            try:
+                for row in module.run(args.preset, args.device, progress):
+                    write(row)
+                    rows.append(row)
+                seconds = time.perf_counter() - start
+                write(lab.Notebook(number, args.preset).measured(rows[0].id, FINISHED, seconds, "s", lab.machine(args.device)))
+            except KeyboardInterrupt:
+                return True
+            _print(report.text(module, rows))
+    return False
+
+
+def _print(text: str) -> None:
+    """Above the progress bar, if there is one."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(text, end="\n\n")
+    else:
+        tqdm.write(text + "\n")
+
+
+@contextlib.contextmanager
+def _bar(claims: int) -> Iterator[lab.Progress]:
+    """A progress bar over the claims, or a line for each step where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+
+        def show(note: str, done: float) -> None:
+            print(f"[{done:.1f}/{claims}] {note}", file=sys.stderr)
+
+        yield show
+        return
+    bar = tqdm(total=claims, disable=None, bar_format="{l_bar}{bar}| {n:.1f}/{total} claims [{elapsed}] {postfix}")
+
+    def advance(note: str, done: float) -> None:
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+
+    with bar:
+        yield advance
