@@ -242,8 +242,10 @@ def _growth(book: lab.Notebook, on: lab.Machine, layers: int = 20, width: int = 
     norms = [float(layer.weight.grad.norm()) for layer in net.hidden]  # type: ignore[union-attr, operator]
     growth = (norms[0] / norms[-1]) ** (1 / (len(norms) - 1))
     theory = Baseline(what="mean-field value sqrt(pi / (pi - 1))", value=math.sqrt(math.pi / (math.pi - 1)), status="projected")
-    return book.measured("A2", "gradient growth, ReLU + batch norm without residual connections", growth, "x a layer", on,
-                         baseline=theory, note=f"{layers} layers of {width}, batch {width}", series={"norm": norms})  # fmt: skip
+    return book.measured(
+        "A2", "gradient growth, ReLU + batch norm without residual connections", growth, "x a layer", on, baseline=theory,
+        note=f"{layers} layers of {width}, batch {width}", series={"norm": norms},
+    )  # fmt: skip
 
 
 def _longer(
