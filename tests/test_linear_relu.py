@@ -243,6 +243,16 @@ def test_auto_calls_aten_where_that_is_as_fast() -> None:
         assert type(y.grad_fn).__name__ == "linear_reluBackward" and LAUNCHES["linear_relu", chosen] == 1
 
 
+def test_autocast_casts_before_auto_chooses() -> None:
+    """Mixed precision gives lower-precision activations and float32 weights, at any size."""
+    for rows in (3, 333):
+        x, layer = torch.randn(rows, 784, dtype=torch.bfloat16), LinearReLU(784, 300)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, F.linear_relu(x, layer.weight.bfloat16(), layer.bias.bfloat16()))
+
+
 def test_calls_of_aten_raise_the_same_errors() -> None:
     with pytest.raises(RuntimeError, match="linear_relu: weight: expected"):
         F.linear_relu(torch.ones(2, 3), torch.ones(4, 3).double())

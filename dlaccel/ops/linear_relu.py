@@ -175,6 +175,7 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         type(x) is _Tensor  # subclasses, DTensor and fake tensors keep the operator
         and x.is_cpu
         and _backend.forced == "auto"
+        and not torch.is_autocast_enabled("cpu")  # the operator casts its arguments before it checks them
         and weight.dim() == 2
         and not fallback.beats_aten(x, weight)
         and not is_compiling()
