@@ -66,7 +66,8 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
         row = book.measured(
             "A6", f"peak memory, one epoch of {images:,} images", peak / 1e6, "MB", cpu,
             baseline=lab.baseline(smallest, f"{sizes[0]:,} images") if smallest else None,
-            note=f"data set {images * PIXELS / 1e6:,.0f} MB; {loaded / 1e6:.0f} MB before it", series={"images": [float(images)]},
+            note=f"data set {images * PIXELS / 1e6:,.0f} MB; {loaded / 1e6:.0f} MB before it",
+            series={"images": [float(images)]},
         )  # fmt: skip
         smallest = smallest or row
         yield row
