@@ -227,7 +227,8 @@ def figures(trainer: Trainer, out: Path) -> dict[str, float]:
             picture = values[index]
             height = max(h for h in range(1, int(picture.numel() ** 0.5) + 1) if picture.numel() % h == 0)
             if name == "scores":
-                ax.bar(range(10), picture.softmax(0).tolist(), color=["C3" if d == held_out[index] else "0.6" for d in range(10)])
+                colours = ["C3" if digit == held_out[index] else "0.6" for digit in range(10)]
+                ax.bar(range(10), picture.softmax(0).tolist(), color=colours)
                 ax.set_ylim(0, 1)
             else:
                 ax.imshow(picture.view(height, -1).numpy(), cmap="magma" if name != "pixels" else "gray_r")

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlaccel.bench.claims import lab
-from dlaccel.bench.claims.row import Row
+from dlaccel.bench.claims.row import Baseline, Row
 from dlaccel.functional import linear_relu
 
 CLAIM = 2
@@ -214,22 +214,22 @@ def _train(book: lab.Notebook, on: lab.Machine, preset: str, progress: lab.Progr
                     if iteration >= 0:
                         phases[variant.name].append(times)
                         done += 1
-    plain: Row | None = None
+    seconds = {v: [sum(times) for times in phases[v.name]] for v in variants}
     for variant in variants:
-        spread = lab.Spread([sum(times) for times in phases[variant.name]])
+        spread = lab.Spread(seconds[variant])
         parts = [statistics.median(t) for t in zip(*phases[variant.name], strict=True)]
-        note = f"forward, backward, update: {', '.join(f'{1e3 * p:.0f}' for p in parts)} ms"
-        row = book.measured(
+        # Ours against torch's ops in the same network, any other network against the plain one, over the same iterations.
+        other = replace(variant, name=variant.name.replace("dlaccel", "torch"), dlaccel=False) if variant.dlaccel else PLAIN
+        same = lab.Spread(seconds[other][: len(spread.samples)]).per(batch)
+        yield book.measured(
             "H4", f"AlexNet training, {variant.name}, {many[variant.name]} x {batch}", spread.per(batch), "images/s", on,
-            precision=variant.precision, note=note, series={"seconds": [round(s, 4) for s in spread.samples]},
-            baseline=lab.baseline(plain, "torch ops, fp32") if plain else None,
+            precision=variant.precision, note=f"forward, backward, update: {', '.join(f'{1e3 * p:.0f}' for p in parts)} ms",
+            series={"seconds": [round(s, 4) for s in spread.samples]},
+            baseline=None if variant == other else Baseline(what=other.name, value=same.median, status="measured"),
         )  # fmt: skip
-        plain = plain or row
-        yield row
         if variant is PLAIN:
-            rate = training_flops() * batch / spread.median / 1e9
-            yield book.measured("H4", f"AlexNet training, {variant.name}, nominal rate", rate, "GFLOP/s", on,
-                                formula=f"{training_flops() / 1e9:.3f} GFLOP an image")  # fmt: skip
+            rate, formula = training_flops() * batch / spread.median / 1e9, f"{training_flops() / 1e9:.3f} GFLOP an image"
+            yield book.measured("H4", f"AlexNet, {variant.name}, nominal rate", rate, "GFLOP/s", on, formula=formula)
     memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield book.measured("H4", f"peak memory of the process, batch {batch}", memory / 1e9, "GB", on)
 

@@ -58,8 +58,11 @@ def bars(rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = Fal
             ax.barh(y, value, height=0.7, **STYLE[row.status])
             if row.low is not None and row.high is not None:
                 ax.plot([row.low, row.high], [y, y], color="black", lw=1, marker="|", ms=5)
+            shown = number(value)
+            if row.status != "measured" and row.low is not None and row.high is not None:
+                shown = f"{number(row.low)} to {number(row.high)}"
             mark = " projected" if row.status == "projected" else ""
-            ax.annotate(f" {number(value)}{mark}", (max(value, row.high or 0), y), va="center", fontsize=8)
+            ax.annotate(f" {shown}{mark}", (max(value, row.high or 0), y), va="center", fontsize=8)
         ax.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7)
         if log:
             ax.set_xscale("log")

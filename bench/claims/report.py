@@ -127,10 +127,13 @@ def value(row: Row) -> str:
     """With its unit, its range and, where it is one, the word projected."""
     if row.value is None:
         return "not measured"
-    spread = f" ({plot.number(row.low)} to {plot.number(row.high)})" if row.low is not None and row.high is not None else ""
-    mark = " projected" if row.status == "projected" else ""
     unit = {"of 1": "", "x": " times"}.get(row.unit, f" {row.unit}")
-    return f"{plot.number(row.value)}{unit}{spread}{mark}"
+    mark = " projected" if row.status == "projected" else ""
+    if row.low is None or row.high is None or row.low == row.high:
+        return f"{plot.number(row.value)}{unit}{mark}"
+    spread = f"{plot.number(row.low)} to {plot.number(row.high)}"
+    # What was published or projected as a range has no middle.
+    return f"{plot.number(row.value)}{unit} ({spread})" if row.status == "measured" else f"{spread}{unit}{mark}"
 
 
 def against(row: Row) -> str:

@@ -49,7 +49,8 @@ class Row:
     status: Status
     value: float | None = None
     unit: str = ""
-    low: float | None = None  # measured: 20th and 80th percentile; projected, cited: the range of the source
+    # Measured: 20th and 80th percentile. Projected, cited: the range of the source, and `value` its geometric middle.
+    low: float | None = None
     high: float | None = None
     baseline: Baseline | None = None
     formula: str = ""
