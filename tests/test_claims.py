@@ -154,7 +154,7 @@ def test_alexnet_flops_agree_with_torch() -> None:
 def test_alexnet_variants_compute_what_they_say() -> None:
     torch.manual_seed(0)
     model = claim2_alexnet.AlexNet(classes=10).eval()
-    x = torch.randn(2, 3, 227, 227)
+    x = 100 * torch.randn(2, 3, 227, 227)  # the normalization hardly changes small numbers
     plain = model(x)
     torch.testing.assert_close(model(x, dlaccel=True), plain)
     for different in (model(x, lrn=False), model(x, caffenet=True)):
