@@ -7,10 +7,56 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dlaccel.ops import batch_norm as _batch_norm
 from dlaccel.ops import depthwise_conv as _depthwise_conv
 from dlaccel.ops import linear_relu as _linear_relu
 
-__all__ = ["depthwise_conv1d", "depthwise_conv2d", "linear_relu"]
+__all__ = ["batch_norm", "depthwise_conv1d", "depthwise_conv2d", "linear_relu"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """`act(torch.nn.functional.batch_norm(...) + residual)` in one operator.
+
+    Per channel, `(input - mean) / sqrt(var + eps) * weight + bias`: in training with the batch's mean and biased variance,
+    which also move the running statistics (those with the unbiased variance), otherwise with the running ones.
+    Saved for backward: input, the statistics and, with an activation, the result.
+
+    Args:
+        input: (N, C, \\*), floating point, any strides.
+        running_mean, running_var: (C,), both or neither; updated in place in training, and necessary in evaluation.
+        weight, bias: (C,), in input's dtype or, beside 16-bit input, in float32.
+        training: whether to use the batch's statistics.
+        momentum: the share of the new statistics; None: cumulative average, the share is `1 / num_batches_tracked`.
+        eps: added to the variance.
+        residual: added before the activation; shape and dtype of input.
+        activation: None, "relu" or "relu6".
+        num_batches_tracked: int64 scalar that a training call counts up first, as `torch.nn.BatchNorm2d` does.
+
+    Returns:
+        Shape and dtype of input, in the strides of `torch.empty_like(input)`.
+
+    Raises:
+        ValueError: 1 value per channel, eps that is not positive in training, an unknown activation.
+        RuntimeError: shapes, dtypes or devices do not match, or no running statistics in evaluation.
+
+    >>> y = batch_norm(torch.randn(8, 64, 28, 28), None, None, torch.ones(64), torch.zeros(64), True, activation="relu")
+    """
+    return _batch_norm.batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, num_batches_tracked
+    )
 
 
 def depthwise_conv1d(

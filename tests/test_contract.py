@@ -187,8 +187,9 @@ def test_layouts(sample: Case, backend: str, layout: str, g: str) -> None:
         with torch.no_grad():
             with unchanged(*inputs):
                 outputs = leaves(op(*fresh_state()))
+            state = fresh_state()
             with FakeTensorMode() as mode:
-                fakes = leaves(op(*pytree.tree_map_only(Tensor, mode.from_tensor, fresh_state())))
+                fakes = leaves(op(*pytree.tree_map_only(Tensor, mode.from_tensor, state)))
             with poisoned():
                 again = leaves(op(*fresh_state()))
         close(again, outputs, rtol=0, atol=0, equal_nan=True)
@@ -325,6 +326,8 @@ def test_transforms(sample: Case, backend: str, transform: str) -> None:
 @over(FIRST, "triton")
 def test_transforms_of_the_kernels(sample: Case, backend: str, transform: str) -> None:
     float64_runs(backend)
+    if refused_under_vmap(sample, transform):
+        pytest.skip("refused: test_transforms")
     run_transform(TRANSFORMS[transform], sample)
 
 
@@ -336,14 +339,19 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap(grad)"])
 @over(FIRST, "torch")
 def test_compiled_transforms(sample: Case, backend: str, transform: str) -> None:
+    if refused_under_vmap(sample, transform):
+        pytest.skip("refused: test_transforms")
     run_transform(TRANSFORMS[transform], sample, compiled)
 
 
 def saved_bytes(f: Bound) -> int:
+    """Without vectors of parameters, such as a bias, which live as long as their module anyway."""
     seen: dict[int, int] = {}
+    tensors = f.tensors
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
-        f(*f.tensors)
-    return sum(seen.values())
+        f(*tensors)
+    parameters = {t.data_ptr() for t in tensors if t.dim() == 1}
+    return sum(size for pointer, size in seen.items() if pointer not in parameters)
 
 
 @over(NONEMPTY, "torch")

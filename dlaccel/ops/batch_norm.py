@@ -1,0 +1,261 @@
+"""batch_norm: y = act((x - mean) * rstd * weight + bias + residual) per channel, x (N, C, *), rstd = 1 / sqrt(var + eps).
+
+Two forward operators share one backward. `batch_norm` takes mean and var from x, brings the running statistics up to date and
+returns (y, mean, rstd); `batch_norm_inference` is given them and writes nothing, so it batches, exports and shards freely.
+
+Derivatives beyond the first start from x, never from the saved mean and rstd: those are constants, and a formula made of them
+loses their dependence on x. (aten's does: its third derivative and its grad(jvp) are wrong, without a word.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlaccel.fallback.batch_norm import gate, statistics_dtype
+from dlaccel.ops._common import FLOATS, described, total
+from dlaccel.ops._register import Op
+
+ACTIVATIONS = (None, "relu", "relu6")
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def check_common(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    mean: Tensor | None, var: Tensor | None, activation: str | None,
+) -> None:  # fmt: skip
+    if x.dim() < 2:
+        raise IndexError(f"batch_norm: input: expected (N, C, *), got {described(x)}")
+    if x.dtype not in FLOATS:
+        raise NotImplementedError(f"batch_norm: input: expected a floating-point tensor, got {described(x)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"batch_norm: activation: expected None, 'relu' or 'relu6', got {activation!r}")
+    if (mean is None) != (var is None):
+        raise ValueError("batch_norm: running_mean and running_var: expected both or neither")
+    channels, dtype, device = x.shape[1:2], x.dtype, x.device
+    for name, t in zip(VECTORS, (weight, bias, mean, var), strict=True):
+        if t is None:
+            continue
+        if t.shape != channels:
+            raise RuntimeError(f"batch_norm: {name}: expected ({x.shape[1]},) for input {tuple(x.shape)}, got {described(t)}")
+        if t.device != device or (t.dtype != dtype and t.dtype != statistics_dtype(x)):
+            dtypes = " or ".join(sorted({str(dtype), str(statistics_dtype(x))}))
+            raise RuntimeError(f"batch_norm: {name}: expected {dtypes} on {device}, got {described(t)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != device):
+        raise RuntimeError(f"batch_norm: residual: expected {described(x)} like input, got {described(residual)}")
+
+
+def check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    momentum: float | None, eps: float, activation: str | None,
+) -> None:  # fmt: skip
+    check_common(x, weight, bias, residual, running_mean, running_var, activation)
+    if math.prod(x.shape[2:], start=x.shape[0]) == 1:
+        raise ValueError(f"batch_norm: input: expected more than 1 value per channel when training, got {described(x)}")
+    if eps <= 0:
+        raise ValueError(f"batch_norm: eps: expected a positive number during training, got {eps}")
+    if momentum is None and num_batches_tracked is None and running_mean is not None:
+        raise ValueError("batch_norm: momentum: None, the cumulative average, needs num_batches_tracked")
+
+
+def check_inference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    mean: Tensor, var: Tensor, eps: float, activation: str | None,
+) -> None:  # fmt: skip
+    check_common(x, weight, bias, residual, mean, var, activation)
+    if eps < 0:
+        raise ValueError(f"batch_norm: eps: expected a number that is not negative, got {eps}")
+
+
+def fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd_or_var: Tensor,
+    y: Tensor | None, training: bool, eps: float, activation: str | None, mask: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    like = mean if weight is None else weight
+    return tuple(torch.empty_like(t) if wanted else None for t, wanted in zip((x, like, like, x), mask, strict=True))
+
+
+def unsupported(x: Tensor) -> str | None:
+    return "a channel has 2^30 values or more" if x.numel() >= x.shape[1] << 30 else None
+
+
+class Normalised:
+    """What the derivatives are made of, in aten: `derivative(v)` is that of x_hat along v, which is its own adjoint."""
+
+    def __init__(self, x: Tensor, weight: Tensor | None, mean: Tensor, rstd_or_var: Tensor, training: bool, eps: float) -> None:
+        wide = statistics_dtype(x)
+        x = x.to(wide)
+        self.over = [d for d in range(x.dim()) if d != 1]
+        self.training = training
+        if training:
+            centred = x - self.mean(x)
+            self.rstd = (self.mean(centred.square()) + eps).rsqrt()
+        else:
+            centred = x - self.of_channel(mean.to(wide))
+            self.rstd = (self.of_channel(rstd_or_var.to(wide)) + eps).rsqrt()
+        self.x_hat = centred * self.rstd
+        self.weight: Any = 1 if weight is None else self.of_channel(weight.to(wide))
+
+    def of_channel(self, v: Tensor) -> Tensor:
+        return v.view(1, -1, *[1] * (len(self.over) - 1))
+
+    def sum(self, v: Tensor) -> Tensor:
+        return v.sum(self.over)
+
+    def mean(self, v: Tensor) -> Tensor:
+        return v.mean(self.over, keepdim=True)
+
+    def project(self, v: Tensor) -> Tensor:
+        return v - self.mean(v) - self.x_hat * self.mean(v * self.x_hat) if self.training else v
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return self.rstd * self.project(v)
+
+    def tangent(
+        self, tx: Tensor | None, tweight: Tensor | None, tbias: Tensor | None, tresidual: Tensor | None
+    ) -> Tensor | None:
+        """That of weight * x_hat + bias + residual."""
+        return total(
+            None if tx is None else self.weight * self.derivative(tx),
+            None if tweight is None else self.of_channel(tweight) * self.x_hat,
+            None if tbias is None else self.of_channel(tbias).expand_as(self.x_hat),
+            tresidual,
+        )
+
+
+def jvp(
+    ctx: Any, tx: Tensor | None, tweight: Tensor | None, tbias: Tensor | None, tresidual: Tensor | None, *_: Any
+) -> Tensor | None:
+    x, weight, _bias, mean, rstd_or_var, y = ctx.saved_tensors
+    *rest, eps, activation = ctx.options
+    ty = Normalised(x, weight, mean, rstd_or_var, bool(rest), eps).tangent(tx, tweight, tbias, tresidual)
+    return None if ty is None else gate(ty.to(x.dtype), y, activation)
+
+
+def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    *rest, eps, activation = ctx.options  # training has momentum, inference has not
+    # Without activation the residual's gradient is dy itself, and an operator must not return its argument.
+    mask = [*ctx.wanted[:3], ctx.wanted[3] and activation is not None]
+    *gradients, dresidual = backward_op(dy, *ctx.saved_tensors, bool(rest), eps, activation, mask)
+    return *gradients, dy if activation is None and ctx.wanted[3] else dresidual
+
+
+def backward_of_backward(
+    ctx: Any, gdx: Tensor | None, gdweight: Tensor | None, gdbias: Tensor | None, gdresidual: Tensor | None
+) -> tuple[Any, ...]:
+    dy, x, weight, _bias, mean, rstd_or_var, y = ctx.saved_tensors
+    training, eps, activation, _mask = ctx.options
+    n = Normalised(x, weight, mean, rstd_or_var, training, eps)
+    dz = gate(dy, y, activation).to(n.x_hat.dtype)
+    to_dz = n.tangent(gdx, gdweight, gdbias, gdresidual)
+    to_x = to_weight = None
+    if ctx.wanted[1]:
+        to_x_hat = None if gdweight is None else n.of_channel(gdweight) * dz
+        if gdx is not None and training:
+            to_x_hat = total(to_x_hat, -n.weight * n.rstd * (gdx * n.mean(dz * n.x_hat) + dz * n.mean(gdx * n.x_hat)))
+            to_x = -n.rstd.square() * n.x_hat * n.mean(gdx * n.weight * n.project(dz))  # through rstd
+        to_x = total(to_x, None if to_x_hat is None else n.derivative(to_x_hat))
+    if ctx.wanted[2] and gdx is not None:
+        to_weight = n.sum(gdx * n.derivative(dz)).to(weight.dtype)
+    return (
+        None if to_dz is None else gate(to_dz.to(dy.dtype), y, activation),
+        None if to_x is None else to_x.to(x.dtype),
+        to_weight,
+    )
+
+
+def jvp_of_backward(ctx: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    dy, x, weight, _bias, mean, rstd_or_var, y = ctx.saved_tensors
+    training, eps, activation, mask = ctx.options
+    n = Normalised(x, weight, mean, rstd_or_var, training, eps)
+    dz = gate(dy, y, activation).to(n.x_hat.dtype)
+    tdz = gate(torch.zeros_like(dy) if tdy is None else tdy, y, activation)
+    tx_hat = None if tx is None else n.derivative(tx)
+    tdx = tdweight = tdbias = None
+    if mask[0]:
+        tdx = n.weight * n.derivative(tdz)
+        if tweight is not None:
+            tdx = tdx + n.of_channel(tweight) * n.derivative(dz)
+        if tx is not None and training:
+            through_rstd = -n.rstd.square() * n.mean(n.x_hat * tx) * n.project(dz)
+            through_x_hat = tx_hat * n.mean(dz * n.x_hat) + n.x_hat * n.mean(dz * tx_hat)
+            tdx = tdx + n.weight * (through_rstd - n.rstd * through_x_hat)
+        tdx = tdx.to(x.dtype)
+    like = mean if weight is None else weight
+    if mask[1]:
+        tdweight = n.sum(total(tdz * n.x_hat, None if tx_hat is None else dz * tx_hat)).to(like.dtype)
+    if mask[2]:
+        tdbias = n.sum(tdz).to(like.dtype)
+    return tdx, tdweight, tdbias, tdz if mask[3] else None
+
+
+def saved(args: tuple[Any, ...], y: Tensor, mean: Tensor, rstd_or_var: Tensor) -> tuple[Tensor | None, ...]:
+    """y for the activation's mask. The kernels rather recompute it from x: the bias goes with it where that is possible."""
+    x, weight, bias, residual, *_, activation = args
+    recomputable = activation is not None and residual is None
+    return x, weight, bias if recomputable else None, mean, rstd_or_var, None if activation is None else y
+
+
+backward_op = Op(
+    module=__name__,
+    schema="batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd_or_var, Tensor? y, "
+    "bool training, float eps, str? activation, bool[4] mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=lambda *args: None,  # reached through the forward operators only
+    fake=fake_backward,
+    saved=lambda args, outputs: args[:7],
+    backward=backward_of_backward,
+    jvp=jvp_of_backward,
+    unsupported=lambda dy, x, *args: unsupported(x),
+).register()
+
+
+training_op = Op(
+    module=__name__,
+    schema="batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str? activation) "
+    "-> (Tensor, Tensor, Tensor)",
+    check=check,
+    fake=lambda x, *args: (
+        torch.empty_like(x),
+        x.new_empty(x.shape[1], dtype=statistics_dtype(x)),
+        x.new_empty(x.shape[1], dtype=statistics_dtype(x)),
+    ),
+    saved=lambda args, outputs: saved(args, *outputs),
+    backward=backward,
+    jvp=lambda ctx, *tangents: (jvp(ctx, *tangents), None, None),
+    non_differentiable=(1, 2),
+    unsupported=lambda x, *args: unsupported(x),
+).register()
+
+
+inference_op = Op(
+    module=__name__,
+    schema="batch_norm_inference(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor var, float eps, "
+    "str? activation) -> Tensor",
+    check=check_inference,
+    fake=lambda x, *args: torch.empty_like(x),
+    saved=lambda args, y: saved(args, y, args[4], args[5]),
+    backward=backward,
+    jvp=jvp,
+    unsupported=lambda x, *args: unsupported(x),
+).register()
+
+
+def batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float | None, eps: float,
+    residual: Tensor | None, activation: str | None, num_batches_tracked: Tensor | None,
+) -> Tensor:  # fmt: skip
+    y: Tensor
+    if training:
+        state = running_mean, running_var, num_batches_tracked
+        y, _, _ = training_op(input, weight, bias, residual, *state, momentum, eps, activation)
+        return y
+    if running_mean is None or running_var is None:
+        raise RuntimeError("batch_norm: running_mean and running_var: expected both in evaluation, got None")
+    y = inference_op(input, weight, bias, residual, running_mean, running_var, eps, activation)
+    return y

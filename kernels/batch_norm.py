@@ -1,0 +1,528 @@
+"""batch_norm: y = act((x - mean) rstd w + b + residual) per channel, rstd = 1 / sqrt(var + eps), act none, ReLU or ReLU6.
+
+    forward    mean = sum x / M, var = sum (x - mean)^2 / M over the M = N S values of a channel; the running variance takes
+               M / (M - 1) var
+    backward   g = dy where act does not clip, else 0;  db = sum g,  dw = rstd sum g (x - mean)
+               training    dx = w rstd (g - db / M - (x - mean) rstd dw / M)
+               evaluation  dx = w rstd g
+               d residual = g
+
+A dense tensor of any layout is three sizes, (R, C, S): what lies outside the channels, the channels, what lies inside them.
+Contiguous (N, C, *): R = N, S the positions. channels_last and (N, C): R = N S, S = 1. A program owns a block of channels
+and a slice of their values, cut into tiles. With S = 1 the columns of a tile are channels; else (RUNS) a program has one
+channel, and the columns are positions. Strides are in elements: r along the rows of a tile, n along its columns, b from one
+program's channel to the next. Inputs may have strides of their own; outputs are dense, in the layout of empty_like(x).
+
+Forward: `statistics_kernel` writes each slice's sums of x - K and (x - K)^2, with K the mean of some values of the channel, so
+that nothing cancels; `normalise_kernel` adds them up in float64, in a fixed order and in every program alike (there are no
+atomics: results are deterministic), and writes y. Backward: `reduce_kernel` and `gradient_kernel` do the same with the sums of
+g and g (x - mean). The mask of the activation is recomputed from x; with a residual it is read from y, and the first kernel
+writes g, the residual's gradient, for the second to read.
+
+Saved for backward: x, mean, rstd (float32), w, b, and y with an activation. Passes over a tensor of x's size: forward 3,
+backward 5; with a residual and an activation 4 and 7 (plain torch, in place: 8 and 8).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .config import Config, Target, power_of_two
+from .launch import launch
+
+SAMPLES = 64  # values behind the shift K
+TILES = 4  # a program has as many at least, to pay for what it does once per channel
+RESIDENT = 8  # programs per multiprocessor aimed for
+DIRECT = 64  # slices whose sums every program adds up itself; more of them take a launch of their own to GROUPS
+GROUPS = 16
+
+
+@config.choice("batch_norm")
+def tile_config(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
+    """For all four kernels: 2048 elements, 16 a thread."""
+    if target.interpreted:
+        return {"BLOCK_R": 16, "BLOCK_N": 16} if S == 1 else {"BLOCK_R": 4, "BLOCK_N": 32}
+    if S == 1:
+        columns = power_of_two(C, 16, 64)
+    else:  # the largest block that wastes less than a fifth of its lanes, or the one that wastes least
+        blocks = [b for b in (1024, 512, 256, 128, 64, 32, 16) if b < 2 * S] or [16]
+        waste = [triton.cdiv(S, b) * b / S for b in blocks]
+        columns = next((b for b, w in zip(blocks, waste, strict=True) if w < 1.2), blocks[waste.index(min(waste))])
+    return {"BLOCK_R": power_of_two(R, 1, 2048 // columns), "BLOCK_N": columns, "num_warps": 4}
+
+
+@triton.jit
+def channels_of(block, BLOCK_N: tl.constexpr, RUNS: tl.constexpr):
+    """The channels of a program: as many as the columns, or one."""
+    return block + tl.arange(0, 1) if RUNS else block * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def tile_at(tile, block, R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr):
+    """Row (BLOCK_R, 1) and column (1, BLOCK_N) of a tile's elements, and which of them exist. There are N VEC columns."""
+    columns = N * VEC
+    if RUNS:
+        across = tl.cdiv(columns, BLOCK_N)
+        row = tile // across * BLOCK_R + tl.arange(0, BLOCK_R)
+        column = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < R)[:, None] & (column < columns)[None, :]
+    return row.to(tl.int64)[:, None], column.to(tl.int64)[None, :], inside
+
+
+@triton.jit
+def sum_per_channel(t, RUNS: tl.constexpr):
+    return tl.sum(tl.sum(t, axis=1, keep_dims=True), axis=0) if RUNS else tl.sum(t, axis=0)
+
+
+@triton.jit
+def merged(partial, channel, C, PARTS, MERGE: tl.constexpr):
+    """The sum over the slices, in float64 and in a fixed order, MERGE at a time: a larger tile costs registers."""
+    total = tl.zeros(channel.shape, dtype=tl.float64)
+    for first in range(0, PARTS, MERGE):
+        part = first + tl.arange(0, MERGE)
+        inside = (part < PARTS)[:, None] & (channel < C)[None, :]
+        piece = tl.load(partial + part.to(tl.int64)[:, None] * C + channel[None, :], mask=inside, other=0.0)
+        total += tl.sum(piece.to(tl.float64), axis=0)
+    return total
+
+
+@triton.jit
+def of_channel(vector, channel, C, absent: tl.constexpr, ACC: tl.constexpr):
+    """A vector's values for the channels, or `absent`."""
+    if vector is None:
+        values = tl.full(channel.shape, absent, dtype=ACC)
+    else:
+        values = tl.load(vector + channel, mask=channel < C, other=0.0).to(ACC)
+    return values
+
+
+@triton.jit
+def reciprocal_std(rstd_or_var, channel, C, EPS: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr):
+    """Saved in training; from the running variance in evaluation, alike in forward and backward."""
+    values = tl.load(rstd_or_var + channel, mask=channel < C, other=1.0).to(ACC)
+    if not TRAINING:
+        values = 1.0 / tl.sqrt(values + EPS)
+    return values
+
+
+@triton.jit
+def affine(x, mean, scale, bias):
+    """The one place that makes y, so that the recomputed mask is the forward's: explicit fma, no choice for the compiler."""
+    return tl.fma(x - mean[None, :], tl.broadcast_to(scale[None, :], x.shape), tl.broadcast_to(bias[None, :], x.shape))
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION is not None:
+        z = tl.where(z < 0, 0.0, z)  # keeps NaN and -0.0
+    if ACTIVATION == "relu6":
+        z = tl.where(z > 6, 6.0, z)
+    return z
+
+
+@triton.jit
+def gated(g, y, ACTIVATION: tl.constexpr):
+    """g where the activation passes it, by its output as rounded; a NaN output passes it."""
+    if ACTIVATION == "relu":
+        g = tl.where(y <= 0, 0.0, g)
+    elif ACTIVATION == "relu6":
+        g = tl.where((y <= 0) | (y >= 6), 0.0, g)
+    return g
+
+
+@triton.jit
+def statistics_kernel(
+    x, sums, squares, shift, counter, R, C, N, TILES, TILES_PER_PROGRAM, stride_xr, stride_xb, stride_xn,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, SAMPLES: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums of x - K and its square, for one slice: row program_id(1) of sums and squares (slices, C)."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    channel = channels_of(block, BLOCK_N, RUNS)
+    valid = channel < C
+    x += block.to(tl.int64) * stride_xb * VEC
+    S = N * VEC if RUNS else 1
+    count = R * S
+    position = tl.arange(0, SAMPLES) * tl.maximum(count // SAMPLES, 1)
+    of_row = (position // S).to(tl.int64)[:, None] * stride_xr * VEC
+    of_column = ((position % S).to(tl.int64)[:, None] if RUNS else channel.to(tl.int64)[None, :]) * stride_xn
+    values = tl.load(x + of_row + of_column, mask=(position < count)[:, None] & valid[None, :], other=0.0)
+    k = tl.sum(values.to(ACC), axis=0) / tl.minimum(count, SAMPLES)
+    k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # an infinite mean stays infinite instead of turning into NaN
+    sum1 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
+    sum2 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
+    first = part * TILES_PER_PROGRAM
+    for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
+        row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
+        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0)
+        z = tl.where(inside, x_tile.to(ACC) - k[None, :], 0.0)
+        sum1 += z
+        sum2 += z * z
+    partial = part.to(tl.int64) * C + channel
+    tl.store(sums + partial, sum_per_channel(sum1, RUNS), mask=valid)
+    tl.store(squares + partial, sum_per_channel(sum2, RUNS), mask=valid)
+    if part == 0:
+        tl.store(shift + channel, k, mask=valid)
+        if counter is not None:  # noqa: SIM102 (`and` evaluates both sides at compile time)
+            if block == 0:
+                tl.store(counter, tl.load(counter) + 1)
+
+
+@triton.jit
+def collapse_kernel(first, second, first_out, second_out, C, PARTS, GROUP, BLOCK_C: tl.constexpr, MERGE: tl.constexpr):
+    """Adds up GROUP slices at a time: row program_id(1) of the outputs (groups, C), in float64."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = tl.program_id(1).to(tl.int64) * GROUP
+    parts = tl.minimum(GROUP, PARTS - start)
+    at = tl.program_id(1).to(tl.int64) * C + channel
+    tl.store(first_out + at, merged(first + start * C, channel, C, parts, MERGE), mask=channel < C)
+    tl.store(second_out + at, merged(second + start * C, channel, C, parts, MERGE), mask=channel < C)
+
+
+@triton.jit
+def normalise_kernel(
+    x, w, b, residual, y, mean, rstd_or_var, sums, squares, shift, running_mean, running_var, counter, momentum,
+    R, C, N, PARTS, TILES, TILES_PER_PROGRAM, stride_xr, stride_xb, stride_xn, stride_zr, stride_zb, stride_zn,
+    stride_yr, stride_yb, stride_yn, stride_rm, stride_rv,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, MERGE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y for one slice; in training the first slice's program also writes the statistics and moves the running ones."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    channel = channels_of(block, BLOCK_N, RUNS)
+    valid = channel < C
+    if TRAINING:
+        count = R * (N * VEC if RUNS else 1)
+        delta = merged(sums, channel, C, PARTS, MERGE) / count
+        var = merged(squares, channel, C, PARTS, MERGE) / count - delta * delta
+        var = tl.where(var < 0, 0.0, var)  # not maximum: NaN stays
+        mean_values = (tl.load(shift + channel, mask=valid, other=0.0).to(tl.float64) + delta).to(ACC)
+        rstd = (1.0 / tl.sqrt(var + EPS)).to(ACC)
+        if part == 0:
+            tl.store(mean + channel, mean_values, mask=valid)
+            tl.store(rstd_or_var + channel, rstd, mask=valid)
+            if running_mean is not None:
+                share = momentum
+                if counter is not None:
+                    share = 1.0 / tl.load(counter).to(ACC)  # statistics_kernel has counted
+                old_mean = tl.load(running_mean + channel * stride_rm, mask=valid, other=0.0).to(ACC)
+                old_var = tl.load(running_var + channel * stride_rv, mask=valid, other=0.0).to(ACC)
+                unbiased = (var * (count / (count - 1.0))).to(ACC)
+                new_mean = (1 - share) * old_mean + share * mean_values
+                new_var = (1 - share) * old_var + share * unbiased
+                tl.store(running_mean + channel * stride_rm, new_mean.to(running_mean.dtype.element_ty), mask=valid)
+                tl.store(running_var + channel * stride_rv, new_var.to(running_var.dtype.element_ty), mask=valid)
+    else:
+        mean_values = of_channel(mean, channel, C, 0.0, ACC)
+        rstd = reciprocal_std(rstd_or_var, channel, C, EPS, TRAINING, ACC)
+    scale, bias = rstd * of_channel(w, channel, C, 1.0, ACC), of_channel(b, channel, C, 0.0, ACC)
+    x += block.to(tl.int64) * stride_xb * VEC
+    y += block.to(tl.int64) * stride_yb * VEC
+    if residual is not None:
+        residual += block.to(tl.int64) * stride_zb * VEC
+    # The slices in the other order than statistics_kernel: what it read last is still in the L2.
+    first = (tl.num_programs(1) - 1 - part) * TILES_PER_PROGRAM
+    for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
+        row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
+        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0)
+        z = affine(x_tile.to(ACC), mean_values, scale, bias)
+        if residual is not None:
+            z += tl.load(residual + row * stride_zr * VEC + column * stride_zn, mask=inside, other=0.0).to(ACC)
+        y_tile = activated(z, ACTIVATION).to(y.dtype.element_ty)
+        tl.store(y + row * stride_yr * VEC + column * stride_yn, y_tile, mask=inside)
+
+
+@triton.jit
+def masked_gradient(
+    dy, y, x_tile, mean, scale, bias, inside,
+    ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient in front of the activation; dy and y: pointers to the tile."""
+    g = tl.load(dy, mask=inside, other=0.0).to(ACC)
+    if ACTIVATION is not None:
+        y_tile = affine(x_tile, mean, scale, bias).to(OUT) if RECOMPUTE else tl.load(y, mask=inside, other=0.0)
+        g = gated(g, y_tile.to(ACC), ACTIVATION)
+    return g
+
+
+@triton.jit
+def reduce_kernel(
+    dy, x, w, b, mean, rstd_or_var, y, dresidual, sums, dots, R, C, N, TILES, TILES_PER_PROGRAM,
+    stride_gr, stride_gb, stride_gn, stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, TRAINING: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and g (x - mean) for one slice: row program_id(1) of sums and dots (slices, C); and g, if wanted."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    channel = channels_of(block, BLOCK_N, RUNS)
+    valid = channel < C
+    mean_values = of_channel(mean, channel, C, 0.0, ACC)
+    rstd = reciprocal_std(rstd_or_var, channel, C, EPS, TRAINING, ACC)
+    scale, bias = rstd * of_channel(w, channel, C, 1.0, ACC), of_channel(b, channel, C, 0.0, ACC)
+    sum1 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
+    sum2 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
+    dy += block.to(tl.int64) * stride_gb * VEC
+    x += block.to(tl.int64) * stride_xb * VEC
+    y_base = block.to(tl.int64) * stride_yb * VEC
+    first = part * TILES_PER_PROGRAM
+    for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
+        row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
+        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0).to(ACC)
+        to_dy, to_y = row * stride_gr * VEC + column * stride_gn, y_base + row * stride_yr * VEC + column * stride_yn
+        g = masked_gradient(
+            dy + to_dy, None if y is None else y + to_y, x_tile, mean_values, scale, bias, inside,
+            ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC,
+        )  # fmt: skip
+        if dresidual is not None:
+            tl.store(dresidual + to_y, g.to(dresidual.dtype.element_ty), mask=inside)
+        centred = tl.where(inside, x_tile - mean_values[None, :], 0.0)  # g is 0 outside, but 0 times NaN or inf is not
+        sum1 += g
+        sum2 += g * centred
+    partial = part.to(tl.int64) * C + channel
+    tl.store(sums + partial, sum_per_channel(sum1, RUNS), mask=valid)
+    tl.store(dots + partial, sum_per_channel(sum2, RUNS), mask=valid)
+
+
+@triton.jit
+def gradient_kernel(
+    dy, x, w, b, mean, rstd_or_var, y, sums, dots, dx, dw, db, R, C, N, PARTS, TILES, TILES_PER_PROGRAM,
+    stride_gr, stride_gb, stride_gn, stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, TRAINING: tl.constexpr, MERGE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx for one slice, if wanted; the first slice's program also writes dw and db."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    channel = channels_of(block, BLOCK_N, RUNS)
+    valid = channel < C
+    mean_values = of_channel(mean, channel, C, 0.0, ACC)
+    rstd = reciprocal_std(rstd_or_var, channel, C, EPS, TRAINING, ACC)
+    scale, bias = rstd * of_channel(w, channel, C, 1.0, ACC), of_channel(b, channel, C, 0.0, ACC)
+    if sums is not None:
+        count = R * (N * VEC if RUNS else 1)
+        total = merged(sums, channel, C, PARTS, MERGE)
+        dot = merged(dots, channel, C, PARTS, MERGE) * rstd
+        if part == 0:
+            if dw is not None:
+                tl.store(dw + channel, dot.to(dw.dtype.element_ty), mask=valid)
+            if db is not None:
+                tl.store(db + channel, total.to(db.dtype.element_ty), mask=valid)
+        if TRAINING:
+            of_mean, of_rstd = (total / count).to(ACC), (dot / count * rstd).to(ACC)
+    if dx is not None:
+        dy += block.to(tl.int64) * stride_gb * VEC
+        x += block.to(tl.int64) * stride_xb * VEC
+        y_base = block.to(tl.int64) * stride_yb * VEC
+        first = (tl.num_programs(1) - 1 - part) * TILES_PER_PROGRAM
+        for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
+            row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
+            x_tile = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
+            if TRAINING or RECOMPUTE:
+                x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0).to(ACC)
+            to_dy, to_y = row * stride_gr * VEC + column * stride_gn, y_base + row * stride_yr * VEC + column * stride_yn
+            g = masked_gradient(
+                dy + to_dy, None if y is None else y + to_y, x_tile, mean_values, scale, bias, inside,
+                ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC,
+            )  # fmt: skip
+            if TRAINING:
+                g = g - of_mean[None, :] - (x_tile - mean_values[None, :]) * of_rstd[None, :]
+            tl.store(dx + to_y, (g * scale[None, :]).to(dx.dtype.element_ty), mask=inside)
+
+
+class View(NamedTuple):
+    """How a dense layout is cut: the dimensions outside and inside the channels, outermost first, and the sizes."""
+
+    outer: tuple[int, ...]
+    inner: tuple[int, ...]
+    R: int
+    C: int
+    S: int
+
+    @classmethod
+    def of(cls, y: Tensor) -> View:
+        order = sorted((d for d in range(y.dim()) if d != 1), key=y.stride, reverse=True)
+        outer = tuple(d for d in order if y.stride(d) > y.stride(1) and y.shape[1] > 1 and y.shape[d] > 1)
+        inner = tuple(d for d in order if d not in outer and y.shape[d] > 1)
+        return cls(outer, inner, math.prod(y.shape[d] for d in outer), y.shape[1], math.prod(y.shape[d] for d in inner))
+
+    def strides(self, t: Tensor) -> tuple[int, int, int] | None:
+        """Strides (r, b, n) of t, or None where they do not exist."""
+        r, s = _one_stride(t, self.outer), _one_stride(t, self.inner)
+        if r is None or s is None:
+            return None
+        return (r, 0, t.stride(1)) if self.S == 1 else (r, t.stride(1), s)
+
+
+def _one_stride(t: Tensor, dims: Sequence[int]) -> int | None:
+    """The stride with which these dimensions are walked as one."""
+    for d, e in itertools.pairwise(dims):
+        if t.stride(d) != t.stride(e) * t.shape[e]:
+            return None
+    return t.stride(dims[-1]) if dims else 0
+
+
+class Tiling:
+    """What the launches of one call have in common."""
+
+    def __init__(self, x: Tensor, like: Tensor, *others: Tensor | None) -> None:
+        """like: dense, in the layout of the outputs. others: inputs of x's shape."""
+        self.view = view = View.of(like)
+        inputs = [x, *others]
+        strides = [None if t is None else view.strides(t) for t in inputs]
+        for i, t in enumerate(inputs):
+            if t is not None and strides[i] is None:  # no single stride, so no kernel: bring it to the layout of the output
+                inputs[i] = torch.empty_like(like).copy_(t)
+                strides[i] = view.strides(like)
+        self.x, *self.others = inputs
+        runs = view.S > 1
+        columns = view.S if runs else view.C
+        of_outputs = view.strides(like)
+        vec = math.gcd(16, columns, *[n for s in (*strides, of_outputs) if s is not None for n in s[:2]])
+        self.strides: list[int] = []  # of x, the others and the outputs; those of an absent tensor are not used
+        for s in (*strides, of_outputs):
+            r, b, n = s or (0, 0, 0)
+            self.strides += [r // vec, b // vec, n]
+
+        chosen = tile_config(like.device, like.dtype, view.R, view.C, view.S)
+        self.blocks = view.C if runs else triton.cdiv(view.C, chosen["BLOCK_N"])
+        tiles = triton.cdiv(view.R, chosen["BLOCK_R"]) * (triton.cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
+        wanted = triton.cdiv(RESIDENT * config.target_of(like.device).sms, self.blocks)
+        least = 1 if config.target_of(like.device).interpreted else TILES
+        per_program = triton.cdiv(tiles, max(1, min(wanted, tiles // least)))
+        self.parts = triton.cdiv(tiles, per_program)
+        self.sizes = view.R, view.C, columns // vec
+        self.tiles = tiles, per_program
+        self.acc = tl.float64 if like.dtype == torch.float64 else tl.float32
+        self.constants: dict[str, Any] = {"RUNS": runs, "VEC": vec, "ACC": self.acc, **chosen}
+        self.merge = 64 if runs else 16
+
+    def launch(self, kernel: Any, *args: Any, parts: int | None = None, **constants: Any) -> None:
+        launch(kernel, (self.blocks, self.parts if parts is None else parts), *args, **self.constants, **constants)
+
+    def partials(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for two sums per slice and channel."""
+        shape, dtype = (self.parts, self.view.C), _wide(like)
+        return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
+
+    def collapsed(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The same with few enough slices, and their number."""
+        if self.parts <= DIRECT:
+            return first, second, self.parts
+        group = triton.cdiv(self.parts, GROUPS)
+        groups = triton.cdiv(self.parts, group)
+        few = tuple(first.new_empty((groups, self.view.C), dtype=torch.float64) for _ in range(2))
+        grid = (triton.cdiv(self.view.C, 64), groups)
+        launch(collapse_kernel, grid, first, second, *few, self.view.C, self.parts, group, BLOCK_C=64, MERGE=16, num_warps=4)
+        return *few, groups
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    momentum: float | None, eps: float, activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return y, x.new_zeros(x.shape[1], dtype=_wide(x)), x.new_zeros(x.shape[1], dtype=_wide(x))
+    mean, rstd, shift = (x.new_empty(x.shape[1], dtype=_wide(x)) for _ in range(3))
+    tiling = Tiling(x, y, residual)
+    sums, squares = tiling.partials(x)
+    tiling.launch(
+        statistics_kernel, tiling.x, sums, squares, shift, num_batches_tracked, *tiling.sizes, *tiling.tiles,
+        *tiling.strides[:3], SAMPLES=SAMPLES,
+    )  # fmt: skip
+    sums, squares, parts = tiling.collapsed(sums, squares)
+    running = [running_mean, running_var]
+    tiling.launch(
+        normalise_kernel, tiling.x, _vector(weight), _vector(bias), *tiling.others, y, mean, rstd, sums, squares, shift,
+        *running, num_batches_tracked if momentum is None else None, 0.0 if momentum is None else momentum,
+        *tiling.sizes, parts, *tiling.tiles, *tiling.strides, *(0 if t is None else t.stride(0) for t in running),
+        EPS=eps, ACTIVATION=activation, TRAINING=True, MERGE=tiling.merge,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def batch_norm_inference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    mean: Tensor, var: Tensor, eps: float, activation: str | None,
+) -> Tensor:  # fmt: skip
+    y = torch.empty_like(x)
+    if x.numel():
+        tiling = Tiling(x, y, residual)
+        tiling.launch(
+            normalise_kernel, tiling.x, _vector(weight), _vector(bias), *tiling.others, y, _vector(mean), _vector(var),
+            None, None, None, None, None, None, 0.0, *tiling.sizes, 0, *tiling.tiles, *tiling.strides, 0, 0,
+            EPS=eps, ACTIVATION=activation, TRAINING=False, MERGE=tiling.merge,
+        )  # fmt: skip
+    return y
+
+
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd_or_var: Tensor,
+    y: Tensor | None, training: bool, eps: float, activation: str | None, mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    like = mean if weight is None else weight
+    empty = torch.zeros_like if x.numel() == 0 else torch.empty_like
+    dx, dw, db, dresidual = (empty(t) if wanted else None for t, wanted in zip((x, like, like, x), mask, strict=True))
+    if x.numel() == 0 or not any(mask):
+        return dx, dw, db, dresidual
+    like_x = torch.empty_like(x)
+    tiling = Tiling(x, like_x, dy)
+    x, g = tiling.x, tiling.others[0]
+    of_x, of_g, of_y = (tiling.strides[i : i + 3] for i in (0, 3, 6))
+    if y is not None and y.stride() != like_x.stride():  # y shares its strides with the outputs
+        y = like_x.copy_(y)
+    recompute = activation is not None and bias is not None
+    vectors = _vector(weight), _vector(bias), _vector(mean), _vector(rstd_or_var)
+    constants = {"EPS": eps, "TRAINING": training}
+    sums, dots, parts = None, None, 0
+    if training or mask[1] or mask[2] or mask[3]:
+        sums, dots = tiling.partials(x)
+        tiling.launch(
+            reduce_kernel, g, x, *vectors, y, dresidual, sums, dots, *tiling.sizes, *tiling.tiles, *of_g, *of_x, *of_y,
+            ACTIVATION=activation, RECOMPUTE=recompute, **constants,
+        )  # fmt: skip
+        sums, dots, parts = tiling.collapsed(sums, dots)
+    if dresidual is not None:  # it is the masked gradient
+        g, of_g, activation, recompute = dresidual, of_y, None, False
+    if mask[0] or mask[1] or mask[2]:
+        tiling.launch(
+            gradient_kernel, g, x, *vectors, y, sums, dots, dx, dw, db, *tiling.sizes, parts, *tiling.tiles,
+            *of_g, *of_x, *of_y, ACTIVATION=activation, RECOMPUTE=recompute, MERGE=tiling.merge,
+            parts=None if mask[0] else 1, **constants,
+        )  # fmt: skip
+    return dx, dw, db, dresidual
+
+
+def explain(name: str, *args: Any) -> str:
+    x: Tensor = args[1] if name == "batch_norm_backward" else args[0]
+    kernels = {
+        "batch_norm": "statistics_kernel, normalise_kernel",
+        "batch_norm_inference": "normalise_kernel",
+        "batch_norm_backward": "reduce_kernel, gradient_kernel",
+    }
+    view = View.of(torch.empty_like(x))
+    sizes = view.R, view.C, view.S
+    chosen = config.written(tile_config(x.device, x.dtype, *sizes))
+    return f"{kernels[name]}, {chosen}, {tile_config.source(x.device, x.dtype, *sizes)}"
