@@ -26,7 +26,7 @@ from dlaccel.bench.gate import Outputs, Step, Values
 
 REPEATS = 3
 QUIET_LOAD = 0.7
-MAX_ROUNDS = 500
+MAX_ROUNDS = 200
 GRAPH_BELOW_MS = 0.05
 
 Clock = Callable[[], float]
