@@ -6,7 +6,8 @@ STAMP := $(VENV)/.ready
 TRITON_OLD := 3.6.0
 TRITON_NEW := 3.9.0
 
-.PHONY: help setup test test-overlays bench lint types overlays full mutants benchmark clean
+GPU_STEPS := gpu-test gpu-bench gpu-tune gpu-models gpu-claims gpu-sanitize
+.PHONY: gpu $(GPU_STEPS) help setup test test-overlays bench lint types overlays full mutants benchmark clean
 
 help:
 	@echo "make bench      check dlaccel, time it against PyTorch, train the digit classifier; results in results/"
@@ -15,6 +16,8 @@ help:
 	@echo "make mutants    seed bugs into the kernels; the tests must catch every one"
 	@echo "make full       every configuration, target and Triton version; slow"
 	@echo "make benchmark  the cases under pytest-benchmark"
+	@echo "make gpu        on a machine with a GPU: $(GPU_STEPS),"
+	@echo "                at most 9 minutes each, continuing where the last call stopped; into bench/results/<device>/"
 
 # A Python that already has torch, triton, numpy, pytest and setuptools (a GPU machine, offline) is used as it is;
 # otherwise pip installs the exact set of constraints.txt. What is then still missing makes its tests skip, with the reason.
@@ -42,8 +45,10 @@ test: setup
 	$(PY) -m pytest tests -q
 
 bench: setup
-	$(PY) -m dlaccel.bench run --preset quick --out results
+	$(PY) -m dlaccel.bench run --preset quick --budget 240 --out results
 	$(PY) examples/digits.py --out results/digits
+	$(PY) -m dlaccel.bench claims --preset quick --budget 150 --out results
+	$(PY) -m dlaccel.bench report results
 
 lint: setup
 	$(PY) -m ruff check .
@@ -76,6 +81,11 @@ full: setup overlays
 	$(PY) -m pytest tests -q -m "slow or not slow"
 	PYTHONPATH=$(VENV)/triton-$(TRITON_OLD) $(PY) -m pytest tests -q -m "slow or not slow"
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEW) $(PY) -m pytest tests -q -m "slow or not slow"
+
+gpu: $(GPU_STEPS)
+
+$(GPU_STEPS): gpu-%: setup
+	$(PY) -m dlaccel.bench.gpu $*
 
 benchmark: setup
 	$(PY) -m pytest tests/benchmarks -q --benchmark-autosave

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -130,19 +129,18 @@ def recorded() -> dict[str, list[Row]]:
     return found
 
 
-def claims(out: Path) -> tuple[list[tuple[int, list[dict[str, Any]]]], list[tuple[str, str]]]:
-    """The rows of claims.jsonl by claim, and the claims' figures as (name, data URI)."""
+def claims(out: Path) -> tuple[str, list[str]]:
+    """The claims' section of the page, and what could not be read of claims.jsonl."""
+    from dlaccel.bench.claims import report
+    from dlaccel.bench.claims.row import read
+
     path = out / "claims.jsonl"
-    by_claim: dict[int, list[dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            by_claim.setdefault(int(row["claim"]), []).append(row)
-        except (ValueError, KeyError, TypeError):
-            continue  # `claims` itself names unreadable lines
-    pictures = sorted((out / "claims").glob("*.png"))
-    data = [(p.stem.replace("_", " "), "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode()) for p in pictures]
-    return sorted(by_claim.items()), data
+    if not path.exists():
+        return "", []
+    try:
+        return report.section(out), read(path)[1]
+    except ValueError as error:
+        return "", [str(error)]
 
 
 def conformance(out: Path) -> tuple[list[str], list[tuple[str, list[str]]], list[verify.Finding]]:
@@ -163,12 +161,12 @@ def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
         groups.setdefault(row.gpu or row.cpu, []).append(row)
     here = [machine(name, found, folder, f"m{i}-") for i, (name, found) in enumerate(sorted(groups.items()))]
     others = [machine(f"{name} (recorded)", found, folder, f"{name}-") for name, found in recorded().items()]
-    claim_rows, claim_figures = claims(out)
+    claim_section, bad = claims(out)
     providers, lines, wrong = conformance(out)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     page = environment.get_template("report.html").render(
-        machines=here, recorded=others, headers=summary.HEADERS, problems=problems, loss=summary.LOSS, claims=claim_rows,
-        claim_figures=claim_figures, figure_problem=figures.problem(), providers=providers, lines=lines, wrong=wrong,
+        machines=here, recorded=others, headers=summary.HEADERS, problems=[*problems, *bad], loss=summary.LOSS,
+        claims=claim_section, figure_problem=figures.problem(), providers=providers, lines=lines, wrong=wrong,
     )  # fmt: skip
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from dlaccel.bench import __main__ as cli
-from dlaccel.bench import compare, figures, gate, report, results, run, summary, timing, verify, worker
+from dlaccel.bench import compare, figures, gate, gpu, report, results, run, summary, timing, verify, worker
 from dlaccel.bench.case import Case, normal
 from dlaccel.bench.ceilings import Ceilings
+from dlaccel.bench.claims.row import Row as ClaimRow
+from dlaccel.bench.claims.row import dump
 from dlaccel.bench.provider import Provider, Unavailable
 from dlaccel.bench.results import Row
 
@@ -523,22 +525,16 @@ def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "bench.jsonl").open("a").write('{"half": ')
     finding = verify.Finding("toy", "double backward", "no bias", "attorch", verify.WRONG, "second derivative 3: error")
     (tmp_path / "verify.jsonl").write_text(json.dumps(asdict(finding)))
-    claim = {
-        "claim": 3,
-        "id": "H8",
-        "quantity": "copy",
-        "status": "projected",
-        "value": 12.5,
-        "unit": "GB/s",
-        "device": "D",
-        "source": "S",
-    }
-    (tmp_path / "claims.jsonl").write_text(json.dumps(claim))
+    claim = ClaimRow(
+        claim=3, id="H8", quantity="copy", status="projected", value=12.5, unit="GB/s", device="D", source="S", formula="a / b"
+    )
+    (tmp_path / "claims.jsonl").write_text(dump(claim) + "\n[]")
     assert cli.main(["report", str(tmp_path)]) == cli.OK
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and ' src="http' not in page and "@import" not in page and "<link" not in page
     for shown in (
-        "toy/slow &lt;b&gt;", "output: error 3", "bench.jsonl:4: not complete JSON", "0123456789ab", "2026-01-02", "0.50",
+        "toy/slow &lt;b&gt;", "output: error 3", "bench.jsonl:4: not complete JSON", "claims.jsonl:2: ", "0123456789ab",
+            "2026-01-02", "0.50",
         "second derivative 3: error", "--provider attorch", "12.5", "projected",
     ):  # fmt: skip
         assert shown in page, shown
@@ -563,6 +559,56 @@ def test_report_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.M
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path)]) == cli.USAGE
     assert "neither bench*.jsonl nor claims.jsonl" in capsys.readouterr().err
+
+
+# ---- steps of a GPU machine -----------------------------------------------------------------------------------------
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_gpu_steps_continue_where_they_stopped(tmp_path: Path) -> None:
+    log, trace = tmp_path / "steps.jsonl", tmp_path / "trace"
+    note = f"import sys; open({str(trace)!r}, 'a').write(sys.argv[1] + ' ')"
+    todo = [
+        gpu.Unit("a", [*python(note), "a"]),
+        gpu.Unit("fails", python("raise SystemExit(5)")),
+        gpu.Unit("bench", [*python(note), gpu.BUDGET], resumes=True),
+        gpu.Unit("missing", ["/no/such/program"]),
+    ]
+    said: list[str] = []
+    assert gpu.run_step("test", todo, log, 50, "sha", said.append) == 5
+    assert trace.read_text().split()[0] == "a" and 1 <= float(trace.read_text().split()[1]) <= 30  # less the last 20 s
+    with log.open("a") as file:
+        file.write('{"step": "te')  # killed in mid-write
+    said.clear()
+    assert gpu.run_step("test", todo, log, 50, "sha", said.append) == 5
+    assert "[1/4] a: done before" in said and trace.read_text().split().count("a") == 1
+    assert len(trace.read_text().split()) == 3, "what resumes by itself runs again"
+    codes = [json.loads(line)["code"] for line in log.read_text().splitlines() if line.endswith("}")]
+    assert codes == [0, 5, 0, 127, 5, 0, 127]
+    assert gpu.run_step("test", todo, log, 50, "another commit", said.append) == 5
+    assert trace.read_text().split().count("a") == 2
+
+
+def test_gpu_step_ends_within_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    todo = [gpu.Unit("sleeps", python("import time; time.sleep(60)")), gpu.Unit("next", python(""))]
+    said: list[str] = []
+    assert gpu.run_step("test", todo, tmp_path / "steps.jsonl", 1.0, "sha", said.append) == 0
+    assert json.loads((tmp_path / "steps.jsonl").read_text())["code"] is None
+    assert "the next call continues here" in said[-1]
+
+
+def test_gpu_steps_name_real_files_and_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in gpu.STEPS:
+        for unit in gpu.units(step, tmp_path):
+            words = [word for word in unit.command if word.endswith(".py")]
+            assert all((gpu.ROOT / word).exists() for word in words), unit
+    if not torch.cuda.is_available():
+        assert gpu.main(["bench"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
