@@ -63,14 +63,14 @@ MUTANTS = [
     Mutant(
         "last block of rows left out of db",
         KERNELS,
-        'blocks = triton.cdiv(M, chosen["ROWS"])',
+        'blocks = cdiv(M, chosen["ROWS"])',
         'blocks = max(M // chosen["ROWS"], 1)',
     ),
     Mutant(
         "fallback: gradient of the weight 1 % too large",
         FALLBACK,
-        "weight_gradient=True) if mask[1]",
-        "weight_gradient=True) * 1.01 if mask[1]",
+        "else dz.t().mm(_as_2d(x))",
+        "else 1.01 * dz.t().mm(_as_2d(x))",
     ),
     Mutant(
         "fallback: overwrites the incoming gradient",
