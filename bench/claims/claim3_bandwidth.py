@@ -79,7 +79,6 @@ def _traffic(book: lab.Notebook, on: lab.Machine, mib: int, progress: lab.Progre
         against = lab.baseline(ordered, "the same gather in order") if random_access and ordered else slide
         row = book.measured(
             "H10" if "gather" in name else "H8", f"{name}, arrays of {mib} MiB", rate, "GB/s", on, baseline=against,
-            note=f"{on.threads} thread{'s' * (on.threads > 1)}" if on.device == "cpu" else "",
         )  # fmt: skip
         if name == "gather in order":
             ordered = row

@@ -114,7 +114,7 @@ def _levels(
         spread = on.time(_repeated(call, 100), seconds=0.1) if n <= 16 else on.time(call, seconds=0.2, least=3)
         calls = 100 if n <= 16 else 1
         rate = spread.per(amount * calls / parts)
-        note = f"{1e6 * spread.median * parts / calls:.3g} us"
+        note = f"{lab.readable(1e6 * spread.median * parts / calls)} us"
         row = book.measured(
             "H9", f"{what}, {level}", rate, unit, on, note=note, series={"side": [float(n)]},
             baseline=lab.baseline(scalar, f"{what}, scalar") if scalar else None,

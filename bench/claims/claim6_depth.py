@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,10 +151,10 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
         cost = [depth + 5.0 for depth, _ in plan]
         for i, (depth, name) in enumerate(plan):
             done = 0.8 * sum(cost[:i]) / sum(cost)
-            yield from _one(book, on, digits, preset, depth, name, lambda note, d=done: progress(note, d))
-        yield from _longer(book, on, digits, preset, lambda note: progress(note, 0.8))
-        yield from _optimizers(book, on, digits, preset, lambda note: progress(note, 0.85))
-        yield from _separable(book, on, digits, preset, lambda note: progress(note, 0.95))
+            yield from _one(book, on, digits, preset, depth, name, partial(progress, done=done))
+        yield from _longer(book, on, digits, preset, partial(progress, done=0.8))
+        yield from _optimizers(book, on, digits, preset, partial(progress, done=0.85))
+        yield from _separable(book, on, digits, preset, partial(progress, done=0.95))
 
 
 def _one(

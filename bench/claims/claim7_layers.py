@@ -37,7 +37,7 @@ READING = (
     "forgets the old ones."
 )
 HEADLINES = ("nearest class mean on pixels", "nearest class mean on scores", "held-out accuracy, digit net")
-EPOCHS = {"quick": 2, "default": 8, "full": 8}
+EPOCHS = {"quick": 6, "default": 8, "full": 8}
 SEEDS = {"quick": 1, "default": 1, "full": 3}
 LAYERS = {2: "convolution 1", 5: "convolution 2", 7: "linear", 8: "scores"}  # index in lenet() -> name
 
@@ -182,7 +182,7 @@ class _Count(TorchDispatchMode):
     """Which tensor operations run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -217,7 +217,7 @@ def _continued(book: lab.Notebook, on: lab.Machine, digits: data.Digits, epochs:
         if start is not None:
             model.load_state_dict(torch.load(io.BytesIO(start), weights_only=True))
         if new_head:
-            model[-1].reset_parameters()
+            model[-1].reset_parameters()  # type: ignore[operator]
         fit(model, part, 1)
         return model
 

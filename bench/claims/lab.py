@@ -159,6 +159,11 @@ def baseline(row: Row, what: str = "") -> Baseline:
     return Baseline(what=what or f"{row.quantity}, {row.device}", value=row.value, status=row.status)
 
 
+def readable(value: float) -> str:
+    """Three significant digits, without exponents where people read them."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
 @functools.cache
 def devices() -> dict[str, dict[str, Any]]:
     """devices.json by id."""
@@ -169,7 +174,7 @@ def devices() -> dict[str, dict[str, Any]]:
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """ "ieee" or "tf32" for matrix products and convolutions on a GPU."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = matmul.fp32_precision, conv.fp32_precision
     matmul.fp32_precision = conv.fp32_precision = precision
     try:

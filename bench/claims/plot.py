@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dlaccel.bench.claims.lab import readable
 from dlaccel.bench.claims.row import Row, Status
 
 STYLE: dict[Status, dict[str, Any]] = {
@@ -42,11 +43,6 @@ def label(row: Row) -> str:
     return f"{row.quantity}\n{where}"
 
 
-def number(value: float) -> str:
-    """Three significant digits, without exponents where people read them."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
-
-
 def bars(rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = False, name: Callable[[Row], str] = label) -> Path:
     """One horizontal bar a row, with its number."""
     from matplotlib.patches import Patch
@@ -58,9 +54,9 @@ def bars(rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = Fal
             ax.barh(y, value, height=0.7, **STYLE[row.status])
             if row.low is not None and row.high is not None:
                 ax.plot([row.low, row.high], [y, y], color="black", lw=1, marker="|", ms=5)
-            shown = number(value)
+            shown = readable(value)
             if row.status != "measured" and row.low is not None and row.high is not None:
-                shown = f"{number(row.low)} to {number(row.high)}"
+                shown = f"{readable(row.low)} to {readable(row.high)}"
             mark = " projected" if row.status == "projected" else ""
             ax.annotate(f" {shown}{mark}", (max(value, row.high or 0), y), va="center", fontsize=8)
         ax.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7)

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from dlaccel.bench import summary
 from dlaccel.bench.claims import plot
+from dlaccel.bench.claims.lab import readable
 from dlaccel.bench.claims.row import STATUSES, Row, read, recorded
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"  # rows recorded on GPUs, one folder a device
@@ -54,8 +55,14 @@ def section(folder: Path) -> str:
 
 
 def render(rows: Sequence[Row], figures: Mapping[int, Sequence[Path]], others: Sequence[Row] = ()) -> str:
-    """A `<section>` without style sheet or script. `others` are measured rows of other machines."""
-    parts = ['<section class="claims" id="claims">', "<h2>The lecture's claims</h2>", _legend(), _glance(rows)]
+    """A `<section>` with its style, without script. `others` are measured rows of other machines."""
+    parts = [
+        f"<style>{STYLE}</style>",
+        '<section class="claims" id="claims">',
+        "<h2>The lecture's claims</h2>",
+        _legend(),
+        _glance(rows),
+    ]
     for number, module in modules().items():
         mine = [row for row in rows if row.claim == number]
         foreign = [row for row in others if row.claim == number]
@@ -83,11 +90,11 @@ def _glance(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if row.claim == number and row.value is not None]
         firsts = (next((row for row in mine if row.quantity.startswith(start)), None) for start in module.HEADLINES)
         heads = [row for row in firsts if row is not None]
-        numbers = "; ".join(f"{escape(row.quantity)}: <b>{value(row)}</b> {_badge(row.status)}" for row in heads)
+        numbers = "".join(f"<li>{escape(row.quantity)}: <b>{value(row)}</b> {_badge(row.status)}</li>" for row in heads)
         if heads:
             lines.append(
                 f'<tr><th scope="row"><a href="#claim-{number}">{number}. {escape(module.TITLE)}</a></th>'
-                f"<td>{numbers}</td></tr>"
+                f"<td><ul>{numbers}</ul></td></tr>"
             )
     return f'<div class="scroll"><table class="glance">{"".join(lines)}</table></div>' if lines else ""
 
@@ -118,7 +125,8 @@ def _line(row: Row) -> str:
     if row.environment:
         threads = row.environment["threads"]
         where.append(f"{threads} thread{'s' * (threads > 1)}, load {row.environment['load']}")
-    about = [", ".join(filter(None, where)), row.reason, row.formula, row.note, "" if row.status == "measured" else row.source]
+    source = "" if row.status == "measured" or row.reason else row.source
+    about = [", ".join(filter(None, where)), row.reason, row.formula, row.note, source]
     cells = [escape(row.quantity), value(row), escape(against(row)), _badge(row.status), escape("; ".join(filter(None, about)))]
     return f'<tr class="{row.status}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
@@ -130,10 +138,10 @@ def value(row: Row) -> str:
     unit = {"of 1": "", "x": " times"}.get(row.unit, f" {row.unit}")
     mark = " projected" if row.status == "projected" else ""
     if row.low is None or row.high is None or row.low == row.high:
-        return f"{plot.number(row.value)}{unit}{mark}"
-    spread = f"{plot.number(row.low)} to {plot.number(row.high)}"
+        return f"{readable(row.value)}{unit}{mark}"
+    spread = f"{readable(row.low)} to {readable(row.high)}"
     # What was published or projected as a range has no middle.
-    return f"{plot.number(row.value)}{unit} ({spread})" if row.status == "measured" else f"{spread}{unit}{mark}"
+    return f"{readable(row.value)}{unit} ({spread})" if row.status == "measured" else f"{spread}{unit}{mark}"
 
 
 def against(row: Row) -> str:
@@ -141,7 +149,7 @@ def against(row: Row) -> str:
     if row.ratio is None or row.baseline is None:
         return ""
     mark = "" if row.ratio_status == "measured" else f" ({KIND[row.ratio_status]})"
-    return f"{plot.number(row.ratio)} x {row.baseline.what}{mark}"
+    return f"{readable(row.ratio)} x {row.baseline.what}{mark}"
 
 
 def _badge(status: str) -> str:
@@ -161,20 +169,28 @@ def text(module: ModuleType, rows: Sequence[Row]) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --faint: #666; --page: #fff; --line: #ddd; --tint: #f5f6f7; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --faint: #a0a0a0; --page: #16181a; --line: #3a3d40; --tint: #1f2225; } }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--page); }
-a { color: inherit; } h3 { margin: 2.5rem 0 .5rem; } p { max-width: 46rem; }
-table { border-collapse: collapse; font-size: .85rem; } th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem;
-  text-align: left; vertical-align: top; } .scroll { overflow-x: auto; } .divider td { font-weight: 600; padding-top: 1rem; }
-.glance th { font-weight: 500; min-width: 12rem; } figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; }
-pre { overflow-x: auto; background: var(--tint); padding: .8rem; font-size: .8rem; } summary { cursor: pointer; }
-.legend { list-style: none; padding: 0; color: var(--faint); font-size: .85rem; }
-.kind { border: 1px solid var(--line); border-radius: .6rem; padding: 0 .45rem; font-size: .75rem; white-space: nowrap; }
-.kind.measured { background: #0b6e99; border-color: #0b6e99; color: #fff; } .kind.cited { background: #8a8a8a; color: #fff; }
-.kind.projected { border: 1px dashed var(--faint); } .kind.not_measured { color: var(--faint); }
+.claims { --faint: #666; --line: #ddd; --tint: #f5f6f7; }
+@media (prefers-color-scheme: dark) { .claims { --faint: #a0a0a0; --line: #3a3d40; --tint: #1f2225; } }
+.claims h3 { margin: 2.5rem 0 .5rem; } .claims p { max-width: 46rem; } .claims a { color: inherit; }
+.claims table { border-collapse: collapse; font-size: .85rem; } .claims .scroll, .claims figure { overflow-x: auto; }
+.claims th, .claims td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
+.claims .divider td { font-weight: 600; padding-top: 1rem; } .claims .glance th { font-weight: 500; }
+.claims .glance { width: 100%; } .claims .glance ul { list-style: none; margin: 0; padding: 0; }
+.claims figure { margin: 1rem 0; } .claims img { background: #fff; max-width: 100%; min-width: 36rem; }
+.claims pre { overflow-x: auto; background: var(--tint); padding: .8rem; font-size: .8rem; }
+.claims summary { cursor: pointer; }
+.claims .legend { list-style: none; padding: 0; color: var(--faint); font-size: .85rem; }
+.claims .kind { border: 1px solid var(--line); border-radius: .6rem; padding: 0 .45rem; font-size: .75rem; }
+.claims .kind { white-space: nowrap; }
+.claims .kind.measured { background: #0b6e99; border-color: #0b6e99; color: #fff; }
+.claims .kind.cited { background: #6f6f6f; color: #fff; } .claims .kind.projected { border: 1px dashed var(--faint); }
+.claims .kind.not_measured { color: var(--faint); }
+"""
+PAGE_STYLE = """
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; }
+body { color: #1c1c1c; background: #fff; }
+@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #16181a; } }
 """
 
 
@@ -182,7 +198,7 @@ def page(body: str) -> str:
     """One file: no network, no script."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>dlaccel: the lecture's claims</title><style>{STYLE}</style></head>
+<title>dlaccel: the lecture's claims</title><style>{PAGE_STYLE}</style></head>
 <body><h1>dlaccel</h1>
 {body}
 </body></html>
