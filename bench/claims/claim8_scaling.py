@@ -31,8 +31,7 @@ COMPARES = (
 READING = (
     "Memory is flat: only the batch is in it. Throughput grows with the batch until the machine is full. The last part is "
     "wrong for most layers: normalization, activations, the loss and depthwise convolutions wait for memory, not "
-    "arithmetic. What two processes show is that the weights agree; on two cores no speed-up is claimed, and on a "
-    "busy machine neither rate means much."
+    "arithmetic. What two processes show is that the weights agree; on two cores no speed-up is claimed."
 )
 HEADLINES = (
     "training throughput, batch 1",
