@@ -55,6 +55,7 @@ def checked(*, memory: bool = True, races: bool = True, undefined: bool = True, 
     builder, knobs = interpreter.interpreter_builder, triton.knobs.compilation
     options, debugging = builder.options, knobs.front_end_debugging
     with contextlib.ExitStack() as stack:
+        stack.enter_context(np.errstate(all="ignore"))  # infinities and NaN are values like others
         _install_bfloat16(stack)
         if undefined:
             _install_undefined(stack)
