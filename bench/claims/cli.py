@@ -101,16 +101,16 @@ def _run(args: argparse.Namespace, path: Path, kept: Sequence[Row]) -> bool:
     plan = [number for number in args.claim or known if number not in complete]
     begin = time.perf_counter()
     with path.open("a") as file, _bar(len(plan)) as bar:
-        for done, number in enumerate(plan):
+        for before, number in enumerate(plan):
             module = known[number]
             if args.budget is not None and time.perf_counter() - begin > args.budget:
-                print(f"budget used up; claims {', '.join(map(str, plan[done:]))} are left for --resume", file=sys.stderr)
+                print(f"budget used up; claims {', '.join(map(str, plan[before:]))} are left for --resume", file=sys.stderr)
                 break
             rows: list[Row] = []
             start = time.perf_counter()
 
-            def progress(note: str, share: float, number: int = number, done: int = done) -> None:
-                bar(f"claim {number}: {note}", done + share)
+            def progress(note: str, done: float, number: int = number, before: int = before) -> None:
+                bar(f"claim {number}: {note}", before + done)
 
             def write(row: Row) -> None:
                 file.write(dump(row) + "\n")
