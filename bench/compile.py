@@ -24,7 +24,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlaccel.backend import use_backend
 from dlaccel.bench.case import Case, families, implementation
 
 # dlaccel.kernels is imported inside functions: a worker clears TRITON_INTERPRET first.
@@ -46,8 +47,19 @@ if TYPE_CHECKING:
 # --- from a case to launches ---
 
 
+class NoKernel(Exception):
+    """The Triton kernels do not take this call."""
+
+
 class _OnKernels(TorchDispatchMode):
-    """Runs every dlaccel operator by the launchers of its Triton kernels, whatever the device."""
+    """Runs every dlaccel operator by the launchers of its Triton kernels, whatever the device, and notes what it ran.
+
+    A tensor that an operator writes is replaced by a copy: calls that are noted may be repeated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         from dlaccel.ops._register import NAMESPACE, REGISTRY
@@ -59,12 +71,20 @@ class _OnKernels(TorchDispatchMode):
                 problem = op.unsupported(*args) if op.unsupported is not None else None
                 if problem is not None:
                     raise NoKernel(f"{op.name}: {problem}")
-                return getattr(op.floor("triton"), op.name)(*args)
+                function = getattr(op.floor("triton"), op.name)
+                declared = func._schema.arguments
+                args = tuple(a.clone() if d.alias_info and a is not None else a for d, a in zip(declared, args, strict=True))
+                self.calls.append((function, args))
+                return function(*args)
         return func(*args, **(kwargs or {}))
 
 
-class NoKernel(Exception):
-    """The Triton kernels do not take this call."""
+def operator_calls(call: Callable[[], Any]) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """The functions of kernels/<op>.py that `call` comes down to, each with its arguments. Raises NoKernel."""
+    mode = _OnKernels()
+    with use_backend("triton"), mode:  # in "auto" small CPU tensors would go to aten, past the operator
+        call()
+    return mode.calls
 
 
 def find_case(op: str, name: str) -> Case:
@@ -95,7 +115,7 @@ def launches(op: str, case: Case | str, dtype: torch.dtype, target: str, backwar
     if isinstance(case, str):
         case = find_case(op, case)
     tensors = meta_inputs(case, dtype)
-    with config.assume(config.TARGETS[target]), launch.recording() as recorded, _OnKernels():  # type: ignore[no-untyped-call]
+    with config.assume(config.TARGETS[target]), launch.recording() as recorded, _OnKernels():
         y = case.call(implementation(op), *tensors)
         wanted = [t for t in tensors if t.requires_grad]
         if backward and wanted:
@@ -245,7 +265,7 @@ def _triton_version() -> str:
 
 
 def _cache_file(key: str) -> Path:
-    from dlaccel.kernels.config import cache_directory
+    from dlaccel.kernels.measured import cache_directory
 
     return cache_directory() / "inspect" / f"{key}.json"
 

@@ -5,10 +5,23 @@
 `import dlaccel` imports neither Triton nor CUDA state; both wait for the first tensor that needs them.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dlaccel import functional as functional
 from dlaccel import nn as nn
 from dlaccel._version import __version__ as __version__
 from dlaccel.backend import explain as explain
 from dlaccel.backend import use_backend as use_backend
 
-__all__ = ["__version__", "explain", "functional", "nn", "use_backend"]
+if TYPE_CHECKING:
+    from dlaccel.bench.tune import tune as tune
+
+__all__ = ["__version__", "explain", "functional", "nn", "tune", "use_backend"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "tune":  # the one name that needs the benchmarks
+        from dlaccel.bench.tune import tune
+
+        return tune
+    raise AttributeError(f"module 'dlaccel' has no attribute {name!r}")

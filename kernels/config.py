@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import measured
 from .launch import INTERPRET
 
 Config = dict[str, Any]
-Static = Callable[..., Config]
+Static = Callable[..., Config]  # (target, dtype, *sizes)
+Candidates = Callable[..., list[Config]]  # (target, dtype, *sizes): configurations worth measuring
 
 
 @dataclass(frozen=True)
@@ -101,27 +101,29 @@ def _target_of_gpu(index: int) -> Target:
     return Target("cuda", capability, properties.multi_processor_count, shared, 32, properties.name)
 
 
-def cache_directory() -> Path:
-    """Of this user's tuned configurations and inspection reports: $DLACCEL_CACHE_DIR, else $XDG_CACHE_HOME/dlaccel."""
-    chosen = os.environ.get("DLACCEL_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlaccel"
-
-
 class Choice:
     """The configuration of one kernel, by target, dtype and sizes."""
 
     def __init__(self, name: str, static: Static) -> None:
         self.name = name
         self.static = static
-        self.candidates: Static | None = None  # (target, dtype, *sizes) -> list of configurations worth measuring
+        self.candidates: Candidates | None = None
         self._forced: Config | None = None
         self._cached = functools.lru_cache(maxsize=4096)(self._choose)
         functools.update_wrapper(self, static)
 
     def __call__(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> Config:
+        if _consulted is not None:
+            _consulted.append((self, target_of(device), dtype, sizes))
         if self._forced is not None:
             return self._forced
-        return self._cached(target_of(device), dtype, sizes)
+        return self._cached(target_of(device), dtype, sizes)[0]
+
+    def source(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
+        """Where the configuration comes from, for `explain`."""
+        if self._forced is not None:
+            return "given"
+        return self._cached(target_of(device), dtype, sizes)[1]
 
     @contextlib.contextmanager
     def using(self, config: Config) -> Iterator[None]:
@@ -132,12 +134,44 @@ class Choice:
         finally:
             self._forced = before
 
-    def _choose(self, target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
-        return self.static(target, dtype, *sizes)
+    def alternatives(self, target: Target, dtype: torch.dtype, *sizes: int) -> list[Config]:
+        """The static choice first, then the other candidates."""
+        found = [self.static(target, dtype, *sizes)]
+        for config in self.candidates(target, dtype, *sizes) if self.candidates is not None else ():
+            if config not in found:
+                found.append(config)
+        return found
 
-    def source(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
-        """Where the configuration comes from, for `explain`."""
-        return "static choice"
+    def _choose(self, target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Config, str]:
+        static = self.static(target, dtype, *sizes)
+        found = None if target.interpreted else measured.lookup(self.name, target.name, dtype, sizes)
+        if found is None:
+            return static, "static choice"
+        config, path = found
+        if config not in self.alternatives(target, dtype, *sizes):  # whose blocks the kernel may not be right for
+            return static, f"static choice (what {path} has is no candidate here)"
+        return config, f"measured on this device ({path})"
+
+
+_consulted: list[tuple[Choice, Target, torch.dtype, tuple[int, ...]]] | None = None
+
+
+@contextlib.contextmanager
+def consulting() -> Iterator[list[tuple[Choice, Target, torch.dtype, tuple[int, ...]]]]:
+    """Note which choices are asked, and for what."""
+    global _consulted
+    before, _consulted = _consulted, []
+    try:
+        yield _consulted
+    finally:
+        _consulted = before
+
+
+def forget_measured() -> None:
+    """Read the measured tables again, and choose anew."""
+    measured.forget()
+    for known in CHOICES.values():
+        known._cached.cache_clear()
 
 
 CHOICES: dict[str, Choice] = {}

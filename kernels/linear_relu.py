@@ -53,6 +53,39 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
 
 
+# Tiles worth measuring: (M, N, K, warps, stages).
+TMA_TILES = [
+    (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
+    (128, 128, 128, 8, 3), (64, 256, 64, 4, 4), (64, 128, 128, 4, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
+]  # fmt: skip
+TILES = [
+    (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4),
+    (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 64, 64, 4, 2), (32, 64, 64, 4, 4),
+]  # fmt: skip
+FLOAT32_TILES = [(64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (128, 64, 16, 8, 3), (64, 128, 16, 4, 3), (128, 128, 16, 8, 3)]
+
+
+def forward_candidates(target: Target, dtype: torch.dtype, M: int, N: int, K: int, tma: bool) -> list[Config]:
+    if tma:
+        offered = [_tile(*tile) | {"SUBTILE": subtile} for tile in TMA_TILES for subtile in (True, False)]
+        return [c for c in offered if _tma_shared(c, dtype) <= target.shared]
+    offered = [_tile(*tile) for tile in (FLOAT32_TILES if dtype == torch.float32 else TILES)]
+    return [c for c in offered if _stage(c, dtype) * c["num_stages"] <= target.shared]
+
+
+def _stage(c: Config, dtype: torch.dtype) -> int:
+    """Bytes of shared memory that one stage of loads takes."""
+    return (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * dtype.itemsize
+
+
+def _tma_shared(c: Config, dtype: torch.dtype) -> int:
+    """With the buffer of the store, and what the compiler adds (measured: at most 1056 bytes)."""
+    return _stage(c, dtype) * c["num_stages"] + c["BLOCK_M"] * c["BLOCK_N"] // (1 + c["SUBTILE"]) * dtype.itemsize + 1056
+
+
+forward_config.candidates = forward_candidates
+
+
 @config.choice("linear_relu.prepass")
 def prepass_config(target: Target, dtype: torch.dtype, M: int, N: int) -> Config:
     if target.interpreted:
@@ -61,6 +94,19 @@ def prepass_config(target: Target, dtype: torch.dtype, M: int, N: int) -> Config
     programs = PREPASS_WAVES * target.sms // cdiv(N, block_n)
     rows = block_m * power_of_two(M // max(block_m * programs, 1), 1, 64)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "ROWS": rows, "num_warps": 4}
+
+
+def prepass_candidates(target: Target, dtype: torch.dtype, M: int, N: int) -> list[Config]:
+    rows = prepass_config.static(target, dtype, M, N)["ROWS"]
+    blocks = [(16, 256, 4), (8, 256, 4), (32, 128, 4), (16, 128, 4), (4, 512, 4), (8, 512, 8), (32, 256, 8)]
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "ROWS": max(rows * factor, m), "num_warps": warps}
+        for m, n, warps in blocks
+        for factor in (1, 2)
+    ]
+
+
+prepass_config.candidates = prepass_candidates
 
 
 @triton.jit
