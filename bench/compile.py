@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import os
 import pickle
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -172,7 +175,7 @@ def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None =
 
     Launches that Triton would compile to the same code are compiled once. A failed compilation is a Report too.
     """
-    keys = [_key(launch, target) for launch, target in jobs]
+    keys = [identity(launch, target) for launch, target in jobs]
     found: dict[str, Report] = {}
     missing: dict[str, tuple[bytes, str, str]] = {}
     for key, (launch, target) in zip(keys, jobs, strict=True):
@@ -184,46 +187,67 @@ def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None =
         else:
             missing[key] = (_pickled(launch), launch.name, target)
     if missing:
-        count = min(processes or len(os.sched_getaffinity(0)), len(missing))
-        for key, report in _compile_all(missing, count):
-            found[key] = report
-            _write(key, report)
+        with contextlib.nullcontext() if _workers else workers(processes, len(missing)):
+            for key, report in _compile_all(missing):
+                found[key] = report
+                _write(key, report)
     return [found[key] for key in keys]
 
 
-def _compile_all(missing: dict[str, tuple[bytes, str, str]], processes: int) -> Iterator[tuple[str, Report]]:
-    """Yields each report when it is there. A compiler that aborts takes its pool along: what is left runs one to a pool."""
-    with tempfile.TemporaryDirectory(prefix="dlaccel-triton-") as folder:
-        left = dict(missing)
-        with contextlib.suppress(BrokenProcessPool), _pool(processes, folder) as pool:
-            futures: dict[str, Future[Report]] = {key: pool.submit(_compile, *job) for key, job in missing.items()}
-            for key, future in futures.items():
-                report = future.result()
-                del left[key]
-                yield key, report
-        for key, job in left.items():
-            try:
-                with _pool(1, folder) as pool:
-                    yield key, pool.submit(_compile, *job).result()
-            except BrokenProcessPool:
-                yield key, Report(job[1], job[2], _triton_version(), "failed", "the compiler aborted")
+_workers: list[Callable[[int], ProcessPoolExecutor]] = []  # of the innermost `with workers()`: a new pool of so many
+_pools: list[ProcessPoolExecutor] = []  # and the pool in use
 
 
-def _pool(processes: int, folder: str) -> ProcessPoolExecutor:
+@contextlib.contextmanager
+def workers(processes: int | None = None, most: int | None = None) -> Iterator[None]:
+    """Keep the compiling processes for all compile_launches within: each takes some seconds to start."""
+    count = min(processes or len(os.sched_getaffinity(0)), most or 1 << 30)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=start_worker, initargs=(folder,))
+    with tempfile.TemporaryDirectory(prefix="dlaccel-triton-") as folder:
+
+        def pool(n: int) -> ProcessPoolExecutor:
+            return ProcessPoolExecutor(n, mp_context=context, initializer=start_worker, initargs=(folder,))
+
+        _workers.append(pool)
+        _pools.append(pool(count))
+        try:
+            yield
+        finally:
+            _workers.pop()
+            _pools.pop().shutdown()
+
+
+def _compile_all(missing: dict[str, tuple[bytes, str, str]]) -> Iterator[tuple[str, Report]]:
+    """Yields each report when it is there. A compiler that aborts takes its pool along: what is left runs one to a pool."""
+    left = dict(missing)
+    try:
+        futures: dict[str, Future[Report]] = {key: _pools[-1].submit(_compile, *job) for key, job in missing.items()}
+        for key, future in futures.items():
+            report = future.result()
+            del left[key]
+            yield key, report
+    except BrokenProcessPool:
+        for key, job in left.items():
+            with _workers[-1](1) as alone:
+                try:
+                    yield key, alone.submit(_compile, *job).result()
+                except BrokenProcessPool:
+                    yield key, Report(job[1], job[2], _triton_version(), "failed", "the compiler aborted")
+        _pools[-1] = _workers[-1](len(os.sched_getaffinity(0)))
 
 
 # --- what identifies the compiled code ---
 
-_VERSION = 1  # of Report and of the reading below
+_VERSION = 2  # of Report and of the reading below
 
 
-def _key(launch: Launch, target: str) -> str:
+def identity(launch: Launch, target: str) -> str:
+    """Equal for two launches only if the same code is compiled for both."""
     arguments = [_specialised(a) for a in launch.args]
-    options = sorted((name, str(value)) for name, value in launch.options.items())
-    module = launch.kernel.fn.__module__
-    parts = (_VERSION, _source_hash(module), _triton_version(), target, module, launch.name, arguments, options)
+    options = sorted((name, repr(_specialised(v)) if isinstance(v, Tensor) else str(v)) for name, v in launch.options.items())
+    function = launch.kernel.fn
+    source = _source_hash(function.__code__.co_filename), function.__module__, function.__name__
+    parts = (_VERSION, *source, _triton_version(), target, arguments, options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -246,13 +270,10 @@ def _specialised(value: Any) -> Any:
 
 
 @functools.cache
-def _source_hash(module: str) -> str:
+def _source_hash(file: str) -> str:
     """Of the kernel's file and its neighbours, whose helpers it may call."""
-    file = importlib.import_module(module).__file__
-    assert file is not None
     digest = hashlib.sha256()
-    neighbours = sorted(Path(file).parent.glob("*.py")) if module.startswith("dlaccel.kernels.") else [Path(file)]
-    for path in neighbours:
+    for path in sorted(Path(file).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -297,8 +318,23 @@ def _meta(dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], of
     return torch.empty(elements, dtype=dtype, device="meta").as_strided(size, stride, offset)
 
 
-def _kernel(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
+def _kernel(module: str, file: str, name: str) -> Any:
+    """A kernel by name; of the user's file, if it is none of an importable module."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        found = load_file(file)
+    return getattr(found, name)
+
+
+def load_file(file: str) -> ModuleType:
+    """The module that a Python file holds."""
+    spec = importlib.util.spec_from_file_location(f"_dlaccel_file_{Path(file).stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Pickler(pickle.Pickler):
@@ -308,7 +344,7 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, Tensor):
             return _meta, _described(value)
         if isinstance(value, KernelInterface):
-            return _kernel, (value.fn.__module__, value.fn.__name__)
+            return _kernel, (value.fn.__module__, value.fn.__code__.co_filename, value.fn.__name__)
         return NotImplemented
 
 
@@ -379,7 +415,7 @@ def _compile(pickled: bytes, name: str, target: str) -> Report:
     return Report(name, target, _triton_version(), status, reason, blocks_per_sm=blocks, **found)
 
 
-_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:.*?0x([0-9a-f]+))?")
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)(?:.*?0x([0-9a-f]+))?")
 
 
 def _read_nvidia(compiled: Any) -> dict[str, int]:

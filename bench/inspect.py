@@ -1,31 +1,42 @@
 """`python -m dlaccel.bench inspect`: how good the compiled kernels are, on any GPU and without one.
 
 For each kernel that a case starts and each target: registers, spills, shared memory, occupancy, tensor-core and vector
-instructions, from the machine code (bench/compile.py), and a warning for what is known to be slow.
+instructions, from the machine code (bench/compile.py), the time a model predicts (bench/model.py), and a warning for what is
+known to be slow. docs/kernels.md explains how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
+import re
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dlaccel.bench import model
 from dlaccel.bench.case import Case, families
-from dlaccel.bench.compile import NoKernel, Report, compile_launches, launches
+from dlaccel.bench.compile import NoKernel, Report, compile_launches, identity, launches, load_file
 
 if TYPE_CHECKING:
+    from dlaccel.kernels.config import Choice, Config
     from dlaccel.kernels.launch import Launch
 
 ALL_TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"]
-TARGETS = ("sm_90", "gfx942")
+TARGETS = ["sm_90", "gfx942"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | {d: d for d in ("float32", "float16", "bfloat16")}
+PER_KERNEL = 2  # without --full: so many different codes of a kernel, dtype and target
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,86 +48,135 @@ class Inspected:
     dtype: str
     launch: Launch
     report: Report
+    chosen: bool = True  # the configuration that config.py picks; else another candidate
 
     @property
     def config(self) -> str:
         return config_of(self.launch)
 
+    def predictions(self) -> dict[str, model.Prediction]:
+        """By GPU, for the GPUs of this target that the model knows."""
+        if self.report.status == "failed" or not self.launch.grid:
+            return {}
+        fitting = [gpu for gpu in model.GPUS.values() if gpu.target == self.report.target]
+        return {gpu.name: model.predict(self.launch, self.report, self.dtype, gpu) for gpu in fitting}
+
     def warnings(self) -> list[str]:
-        return warnings(self)
+        """What is known to make such a kernel slow or wrong."""
+        from dlaccel.kernels.config import TARGETS as DEVICES
+
+        report, notes = self.report, []
+        if report.status != "ok":
+            notes.append(f"{report.status}: {report.reason}")
+        if report.status == "failed":
+            return notes
+        wide = report.vector_loads + report.vector_stores + report.tma_loads + report.tma_stores
+        if not wide and report.scalar_accesses > 8:
+            notes.append(f"no 16-byte access, {report.scalar_accesses} of at most 4 bytes")
+        if report.dots and not report.tensor_core_ops and self.dtype != "float32":
+            notes.append("tl.dot without tensor cores")
+        if report.tf32_ops and self.launch.options.get("PRECISION") == "ieee":
+            notes.append("TF32 where IEEE was asked for")
+        if report.atomics:
+            notes.append(f"{report.atomics} atomics")
+        if report.warps_per_sm < 8 and not report.dots:
+            notes.append(f"{report.warps_per_sm} warps an SM hide little latency")
+        programs, sms = math.prod(self.launch.grid), DEVICES[report.target].sms
+        if self.launch.grid and programs < sms:
+            notes.append(f"{programs} programs for {sms} multiprocessors")
+        for gpu, p in self.predictions().items():
+            if p.bound == "issue" and (p.issue_us or 0) > max(1.2 * p.memory_us, model.START_US):
+                notes.append(f"bound by instructions on an {gpu}: {p.issue_us:.1f} us, memory {p.memory_us:.1f} us")
+        return notes
 
     def row(self) -> dict[str, Any]:
         """For --json: the launch and its report."""
+        predictions = self.predictions()
         return {
-            "op": self.op,
-            "case": self.case,
-            "dtype": self.dtype,
-            "config": self.config,
-            "grid": list(self.launch.grid),
-            **asdict(self.report),
-            "warps_per_sm": self.report.warps_per_sm,
+            "op": self.op, "case": self.case, "dtype": self.dtype, "config": self.config, "chosen": self.chosen,
+            "grid": list(self.launch.grid), **asdict(self.report), "warps_per_sm": self.report.warps_per_sm,
+            "predicted_us": next((round(p.us, 2) for p in predictions.values()), None),
+            "predicted": {gpu: asdict(p) for gpu, p in predictions.items()},
             "warnings": self.warnings(),
-        }
+        }  # fmt: skip
 
 
 def config_of(launch: Launch) -> str:
     """The launch's block sizes and flags in one line, num_warps and num_stages last."""
     last = ("num_warps", "num_stages")
     names = [n for n in launch.options if n not in last] + [n for n in last if n in launch.options]
-    return " ".join(f"{name}={launch.options[name]}" for name in names)
-
-
-def warnings(found: Inspected) -> list[str]:
-    """What is known to make such a kernel slow or wrong."""
-    from dlaccel.kernels.config import TARGETS as DEVICES
-
-    report, notes = found.report, []
-    if report.status != "ok":
-        notes.append(f"{report.status}: {report.reason}")
-    if report.status == "failed":
-        return notes
-    wide = report.vector_loads + report.vector_stores + report.tma_loads + report.tma_stores
-    if not wide and report.scalar_accesses > 8:
-        notes.append(f"no 16-byte access, {report.scalar_accesses} of at most 4 bytes")
-    if report.dots and not report.tensor_core_ops and found.dtype != "float32":
-        notes.append("tl.dot without tensor cores")
-    if report.tf32_ops and found.launch.options.get("PRECISION") == "ieee":
-        notes.append("TF32 where IEEE was asked for")
-    if report.warps_per_sm < 8 and not report.dots:
-        notes.append(f"{report.warps_per_sm} warps an SM hide little latency")
-    programs, sms = _programs(found.launch), DEVICES[report.target].sms
-    if programs < sms:
-        notes.append(f"{programs} programs for {sms} multiprocessors")
-    return notes
-
-
-def _programs(launch: Launch) -> int:
-    n = 1
-    for size in launch.grid:
-        n *= size
-    return n
+    return " ".join(f"{name}={launch.options[name]}" for name in names if not isinstance(launch.options[name], torch.Tensor))
 
 
 # --- what to inspect ---
 
 
-def inspect(
-    cases: Iterable[Case], dtypes: Sequence[str], targets: Sequence[str], *, kernel: str = "", processes: int | None = None
-) -> list[Inspected]:
-    """Compile what the cases start: every launch of every case, in each dtype that the case has, on each target."""
-    found: list[tuple[Case, str, Launch, str]] = []
-    for case in cases:
-        for dtype in dtypes:
-            for target in targets:
-                try:
-                    recorded = launches(case.op, case, getattr(torch, dtype), target)
-                except NoKernel:
-                    continue
-                found += [(case, dtype, launch, target) for launch in recorded if kernel in launch.name]
-    reports = compile_launches([(launch, target) for _, _, launch, target in found], processes)
+@dataclass(frozen=True)
+class Selection:
+    """What to compile: every launch of these cases in these dtypes on these targets."""
+
+    cases: Sequence[Case]
+    dtypes: Sequence[str] = ("bfloat16", "float32")
+    targets: Sequence[str] = tuple(TARGETS)
+    kernel: str = ""  # kernels whose name contains this
+    per_kernel: int | None = None  # at most so many different codes of a kernel, dtype and target: those of the first cases
+    candidates: bool = False  # also the other configurations worth measuring
+    override: Config | None = None  # instead of the chosen blocks of these names
+
+    def launches(self) -> Iterator[tuple[Case, str, Launch, str, bool]]:
+        """(case, dtype, launch, target, whether the configuration is the chosen one)."""
+        seen: dict[tuple[str, str, str], set[str]] = {}
+        for dtype in self.dtypes:
+            for target in self.targets:
+                for case in self.cases:
+                    for launch, chosen in self._of(case, dtype, target):
+                        codes = seen.setdefault((launch.name, dtype, target), set())
+                        code = identity(launch, target)
+                        if chosen and self.per_kernel is not None and len(codes) >= self.per_kernel and code not in codes:
+                            continue
+                        codes.add(code)
+                        yield case, dtype, launch, target, chosen
+
+    def _of(self, case: Case, dtype: str, target: str) -> Iterator[tuple[Launch, bool]]:
+        from dlaccel.kernels import config
+
+        def record() -> list[Launch]:
+            return [x for x in launches(case.op, case, getattr(torch, dtype), target) if self.kernel in x.name]
+
+        try:
+            with config.consulting() as consulted:
+                chosen = record()
+        except NoKernel:
+            return
+        asked = {(choice.name, of, sizes): (choice, where, of, sizes) for choice, where, of, sizes in consulted}
+        if self.override is not None:
+            with contextlib.ExitStack() as stack:
+                for choice, where, of, sizes in asked.values():
+                    stack.enter_context(_overridden(choice, choice.static(where, of, *sizes), self.override))
+                chosen = record()
+        yield from ((launch, True) for launch in chosen)
+        if self.candidates:
+            known = {(launch.name, config_of(launch)) for launch in chosen}
+            for choice, where, of, sizes in asked.values():
+                for candidate in choice.alternatives(where, of, *sizes)[1:]:
+                    with choice.using(candidate):
+                        others = [x for x in record() if (x.name, config_of(x)) not in known]
+                    known |= {(launch.name, config_of(launch)) for launch in others}
+                    yield from ((launch, False) for launch in others)
+
+
+def _overridden(choice: Choice, config: Config, override: Config) -> contextlib.AbstractContextManager[None]:
+    changes = {name: value for name, value in override.items() if name in config or name in ("num_warps", "num_stages")}
+    return choice.using(config | changes) if changes.keys() & config.keys() else contextlib.nullcontext()
+
+
+def inspect(selection: Selection, processes: int | None = None) -> list[Inspected]:
+    """Compile what is selected and read it."""
+    found = list(selection.launches())
+    reports = compile_launches([(launch, target) for _, _, launch, target, _ in found], processes)
     return [
-        Inspected(op=case.op, case=case.name, dtype=dtype, launch=launch, report=report)
-        for (case, dtype, launch, _), report in zip(found, reports, strict=True)
+        Inspected(op=case.op, case=case.name, dtype=dtype, launch=launch, report=report, chosen=chosen)
+        for (case, dtype, launch, _, chosen), report in zip(found, reports, strict=True)
     ]
 
 
@@ -128,60 +188,254 @@ def distinct(found: Iterable[Inspected]) -> list[Inspected]:
     return list(first.values())
 
 
+def gpu_cases(op: str) -> list[Case]:
+    """The cases timed on GPUs: those only they are timed on first, then goals."""
+    cases = [case for case in families()[op].CASES if "cuda" in case.devices and "overhead" not in case.tags]
+    return sorted(cases, key=lambda case: ("cpu" in case.devices, "goal" not in case.tags))
+
+
+# --- a kernel of the user's own ---
+
+
+def own_kernel(
+    where: str, signature: str, options: Config, targets: Sequence[str], processes: int | None = None
+) -> list[Inspected]:
+    """Inspect a @triton.jit function of any file.
+
+    where: path/to/file.py:function. signature: its arguments in order, as for triton's own tools/compile.py: a type such as
+    *bf16, i32 or fp32, with :16 where a pointer is aligned or an integer divisible; or the value of a constant.
+    """
+    from dlaccel.kernels.launch import Launch
+
+    path, _, name = where.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"{path or where}: no such file (expected path/to/file.py:function)")
+    kernel: Any = getattr(load_file(path), name, None)
+    if not hasattr(kernel, "arg_names"):
+        raise ValueError(f"{path}: no @triton.jit function {name!r}")
+    words, names = [word.strip() for word in signature.split(",")], list(kernel.arg_names)
+    if len(words) != len(names):
+        raise ValueError(f"--signature: {name} has {len(names)} arguments ({', '.join(names)}), got {len(words)}")
+    launch = Launch(kernel, (), (), dict(zip(names, map(_argument, words), strict=True)) | options)
+    first = re.match(r"\*(\w+)", signature.replace(" ", ""))
+    dtype = str(_TORCH[first[1]]).removeprefix("torch.") if first else "float32"
+    reports = compile_launches([(launch, target) for target in targets], processes)
+    return [Inspected(op=path, case=signature, dtype=dtype, launch=launch, report=report) for report in reports]
+
+
+_TORCH = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
+    "i1": torch.bool, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64,
+    "u8": torch.uint8, "u16": torch.uint16, "u32": torch.uint32, "u64": torch.uint64,
+}  # fmt: skip
+
+
+def _argument(word: str) -> Any:
+    """A value that Triton specialises to this type, or the constant."""
+    found = re.fullmatch(rf"(\*?)({'|'.join(_TORCH)})(:1|:16)?", word)
+    if found is None:
+        return _constant(word)
+    pointer, of, hint = found.groups()
+    if pointer:
+        return torch.empty(1024, dtype=_TORCH[of], device="meta")[0 if hint == ":16" else 1 :]
+    if of.startswith(("fp", "bf")):
+        return 0.5
+    if of == "i1":
+        return True
+    return 1 if hint == ":1" else {"i64": 2**32, "u64": 2**63}.get(of, 0) + (32 if hint == ":16" else 33)
+
+
+def _constant(word: str) -> Any:
+    with contextlib.suppress(ValueError):
+        return int(word)
+    return {"True": True, "False": False, "None": None}.get(word, word)
+
+
+# --- comparing ---
+
+COMPARED = (
+    "config", "status", "registers", "spills", "stack_bytes", "shared_bytes", "blocks_per_sm", "tensor_core_ops", "tma_loads",
+    "tma_stores", "vector_loads", "vector_stores", "scalar_accesses", "instructions",
+)  # fmt: skip
+
+
+def difference(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines that say what changed between the rows of two inspections."""
+
+    def by_key(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        times: Counter[tuple[Any, ...]] = Counter()
+        for row in rows:
+            key = (row["op"], row["case"], row["dtype"], row["target"], row["kernel"], "" if row["chosen"] else row["config"])
+            found[*key, times[key]] = row  # the n-th launch of the kernel in a call
+            times[key] += 1
+        return found
+
+    old, new = by_key(before), by_key(after)
+    lines = []
+    for key in sorted({*old, *new}):
+        name = f"{key[0]}/{key[1]} {key[2]} {key[3]} {key[4]}"
+        if key not in new or key not in old:
+            lines.append(f"{name}: {'gone' if key in old else 'new'}")
+            continue
+        changes = [
+            f"{field} {old[key][field]} -> {new[key][field]}" for field in COMPARED if old[key][field] != new[key][field]
+        ]
+        if changes:
+            lines.append(f"{name}: {', '.join(changes)}")
+    return lines
+
+
+def base_rows(base: str, command: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a saved --json file, or of a git revision inspected now with the same arguments."""
+    if Path(base).is_file():
+        return [json.loads(line) for line in Path(base).read_text().splitlines()]
+    with tempfile.TemporaryDirectory(prefix="dlaccel-base-") as folder:
+        archive = subprocess.run(["git", "-C", ROOT, "archive", base], capture_output=True)
+        if archive.returncode:
+            raise ValueError(f"--diff: {base!r} is neither a file nor a git revision of {ROOT}")
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        out = Path(folder) / "base.jsonl"
+        line = [sys.executable, "-m", "dlaccel.bench.inspect", *command, "--json", str(out)]
+        run = subprocess.run(line, cwd=folder, capture_output=True, text=True)
+        if not out.exists():
+            raise ValueError(f"--diff: inspecting {base} failed: {run.stderr.strip()[-500:]}")
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+
 # --- the command ---
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def names(text: str) -> list[str]:
-        return [word for word in text.replace(",", " ").split() if word]
+def _names(text: str) -> list[str]:
+    return [word for word in text.replace(",", " ").split() if word]
 
-    parser.add_argument("--op", type=names, default=[], metavar="OP,...", help="default: all")
-    parser.add_argument("--case", type=names, default=[], metavar="NAME,...", help="cases of bench/cases, samples included")
+
+def _config(text: str) -> Config:
+    pairs = [word.partition("=") for word in _names(text)]
+    if not all(equals for _, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return {name: _constant(value) for name, _, value in pairs}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", metavar="FILE.py:KERNEL", help="a @triton.jit kernel of your own; needs --signature")
+    parser.add_argument("--signature", metavar="S", help='its arguments in order: types or constants, "*bf16:16, i32:16, 1024"')
+    parser.add_argument("--op", type=_names, default=[], metavar="OP,...", help="default: all")
+    parser.add_argument("--case", type=_names, default=[], metavar="NAME,...", help="cases of bench/cases, samples included")
     parser.add_argument("--kernel", default="", metavar="TEXT", help="kernels whose name contains this")
-    parser.add_argument("--target", type=names, default=list(TARGETS), metavar="T,...", help=f"of {', '.join(ALL_TARGETS)}")
-    parser.add_argument("--dtype", type=names, default=["bf16", "fp32"], metavar="D,...", help="of bf16, fp16, fp32")
+    parser.add_argument("--config", type=_config, metavar="NAME=VALUE,...", help="these blocks instead of the chosen ones")
+    parser.add_argument(
+        "--target", type=_names, metavar="T,...", help=f"of {', '.join(ALL_TARGETS)} (default: {', '.join(TARGETS)})"
+    )
+    parser.add_argument("--dtype", type=_names, metavar="D,...", help="of bf16, fp16, fp32 (default: bf16, fp32)")
+    parser.add_argument("--full", action="store_true", help="all targets, dtypes, cases and candidate configurations")
+    parser.add_argument("--diff", metavar="BASE", help="print what changed since a git revision or a saved --json file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
+    parser.add_argument("--update-expected", action="store_true", help="rewrite tests/expected from what is compiled now")
+    parser.add_argument(
+        "--predict", action="store_true", help="write bench/results/predicted; GPUs that have measured an op keep its rows"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="compile in N processes (default: one a core)")
 
 
 def main(args: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # nothing runs here
+    try:
+        return _main(args)
+    except ValueError as error:
+        print(f"inspect: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(args: argparse.Namespace) -> int:
     known = families()
-    for what, asked, valid in (("op", args.op, known), ("dtype", args.dtype, DTYPES), ("target", args.target, ALL_TARGETS)):
+    targets = args.target or (ALL_TARGETS if args.full else TARGETS)
+    dtypes = args.dtype or (["bf16", "fp16", "fp32"] if args.full else ["bf16", "fp32"])
+    for what, asked, valid in (("op", args.op, known), ("dtype", dtypes, DTYPES), ("target", targets, ALL_TARGETS)):
         for name in asked:
             if name not in valid:
-                print(f"unknown {what} {name!r}; known: {', '.join(valid)}", file=sys.stderr)
-                return 2
-    modules = [known[op] for op in args.op or known]
-    cases = [case for module in modules for case in module.CASES if "cuda" in case.devices]
+                raise ValueError(f"unknown {what} {name!r}; known: {', '.join(valid)}")
+    if args.file:
+        if not args.signature:
+            raise ValueError("a kernel of your own needs --signature")
+        found = own_kernel(args.file, args.signature, args.config or {}, targets, args.jobs)
+        print(table(found))
+        return 0
+    ops = args.op or list(known)
+    if args.update_expected:
+        from dlaccel.bench import expected
+
+        print(expected.update(ops, args.target or expected.TARGETS, args.jobs))
+        return 0
+    if args.predict:
+        return _predict(ops, args.jobs)
+    cases = [case for op in ops for case in gpu_cases(op)]
+    if args.full:
+        cases = [case for op in ops for case in (*gpu_cases(op), *known[op].SAMPLES)]
     if args.case:
-        cases = [case for module in modules for case in (*module.CASES, *module.SAMPLES) if case.name in args.case]
-    found = inspect(cases, [DTYPES[d] for d in args.dtype], args.target, kernel=args.kernel, processes=args.jobs)
+        cases = [case for op in ops for case in (*known[op].CASES, *known[op].SAMPLES) if case.name in args.case]
+        if not cases:
+            raise ValueError(f"unknown case {', '.join(args.case)}; `python -m dlaccel.bench list cases` lists them")
+    selection = Selection(
+        cases, [DTYPES[d] for d in dtypes], targets, args.kernel,
+        per_kernel=None if args.full or args.case else PER_KERNEL, candidates=args.full, override=args.config,
+    )  # fmt: skip
+    found = inspect(selection, args.jobs)
+    rows = [one.row() for one in found]
     if args.json:
-        args.json.write_text("".join(json.dumps(one.row()) + "\n" for one in found))
-    print(table(distinct(found)))
-    return 0 if all(one.report.status == "ok" for one in found) else 1
+        args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if args.diff:
+        print("\n".join(difference(base_rows(args.diff, _command(args)), rows)) or "no difference")
+    else:
+        print(table(distinct(found)))
+    print(f"\n{len(found)} launches, {len(distinct(found))} different codes, {sum(o.report.status == 'ok' for o in found)} ok")
+    return 0 if all(one.report.status == "ok" for one in found if one.chosen) else 1
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """The arguments that select, for inspecting another revision."""
+    lists = {"--op": args.op, "--case": args.case, "--target": args.target, "--dtype": args.dtype}
+    command = [word for option, values in lists.items() if values for word in (option, ",".join(values))]
+    command += ["--kernel", args.kernel] if args.kernel else []
+    command += ["--config", ",".join(f"{k}={v}" for k, v in args.config.items())] if args.config else []
+    command += ["--jobs", str(args.jobs)] if args.jobs else []
+    return command + (["--full"] if args.full else [])
+
+
+def _predict(ops: Sequence[str], processes: int | None) -> int:
+    cases = [case for op in ops for case in gpu_cases(op)]
+    for gpu in model.GPUS.values():
+        found = inspect(Selection(cases, targets=[gpu.target]), processes)
+        rows = [
+            model.row(one.op, one.case, one.dtype, one.launch, one.report, one.config, gpu)
+            for one in found
+            if one.report.status != "failed"
+        ]
+        print(f"{gpu.name}: {model.write_predictions(gpu, rows)} of {len(rows)} rows new or changed")
+    return 0
 
 
 _COLUMNS = {
-    "regs": "registers", "spills": "spills", "stack": "stack_bytes", "shared": "shared_bytes", "warps/SM": "warps_per_sm",
-    "tensor": "tensor_core_ops", "ld16": "vector_loads", "st16": "vector_stores", "8 B": "half_vector_accesses",
-    "<=4 B": "scalar_accesses", "instr": "instructions",
+    "regs": "registers", "spills": "spills", "stack": "stack_bytes", "shared": "shared_bytes", "blk/SM": "blocks_per_sm",
+    "wrp/SM": "warps_per_sm", "tensor": "tensor_core_ops", "ld16": "vector_loads", "st16": "vector_stores",
+    "8 B": "half_vector_accesses", "<=4 B": "scalar_accesses", "instr": "instructions",
 }  # fmt: skip
 
 
 def table(found: Sequence[Inspected]) -> str:
-    """A line for each kernel, and its configuration and warnings below it."""
-    lines = [
-        "  ".join(["kernel".ljust(28), "dtype".ljust(8), "target".ljust(7), *[name.rjust(8) for name in [*_COLUMNS, "TMA"]]])
-    ]
+    """A line for each kernel; below it its configuration, the model's prediction and warnings."""
+    names = [*_COLUMNS, "TMA"]
+    lines = [f"{'kernel':32}{'dtype':10}{'target':8}" + "".join(name.rjust(8) for name in names)]
     for one in found:
         report = one.report
         cells = [str(getattr(report, field)) for field in _COLUMNS.values()] + [f"{report.tma_loads}+{report.tma_stores}"]
-        lines.append(
-            "  ".join([report.kernel.ljust(28), one.dtype.ljust(8), report.target.ljust(7), *[c.rjust(8) for c in cells]])
-        )
-        lines.append(f"    {one.op}/{one.case}: {one.config}")
+        lines.append(f"{report.kernel:32}{one.dtype:10}{report.target:8}" + "".join(cell.rjust(8) for cell in cells))
+        lines.append(f"    {one.op}/{one.case}  {one.config}{'' if one.chosen else '  (candidate)'}")
+        lines += [
+            f"    {gpu}: {p.us:.1f} us by the model, {p.bound}-bound, {p.of_roofline:.0%} of the roofline "
+            f"({p.bytes / 1e6:.1f} MB, {p.flops / 1e9:.2f} GFLOP)"
+            for gpu, p in one.predictions().items()
+        ]
         lines += [f"    ! {note}" for note in one.warnings()]
     return "\n".join(lines)
 

@@ -1,0 +1,302 @@
+"""The kernels' machine code against tests/expected, compiled without a GPU; and that the gates catch worse code.
+
+After an intended change: python -m dlaccel.bench inspect --update-expected
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from dlaccel.bench import compile, expected, inspect, model
+from dlaccel.bench.case import families
+from dlaccel.bench.compile import Report, blocks_per_sm, compile_launch, compile_launches, identity, launches
+from dlaccel.bench.inspect import Inspected, Selection
+from dlaccel.kernels import config
+from dlaccel.kernels import linear_relu as kernels
+
+OPS = list(families())
+COMMAND = "python -m dlaccel.bench inspect --update-expected"
+IN_CI = pytest.param("sm_80", marks=pytest.mark.slow)
+
+
+@functools.cache
+def compiled(target: str) -> dict[str, Inspected]:
+    return expected.compiled(OPS, [target])
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", IN_CI])
+def test_no_kernel_is_worse_than_expected(target: str) -> None:
+    stored, found = expected.load(target), compiled(target)
+    assert {one.op for one in found.values()} == set(OPS), "an op without a kernel"
+    newer = triton.__version__ > "3.9.z"  # nothing is stored for it: the gates without the stored sizes
+    wrong = []
+    for name, one in found.items():
+        entry = stored.get(expected.key(one))
+        if entry is None and not newer:
+            wrong.append(f"{name}: not in tests/expected: {COMMAND}")
+        entry = entry or expected.entry(one.report)
+        wrong += [f"{name}: {worse}" for worse in expected.failures(one.report, entry, expected.is_ieee(one))]
+    wrong += [f"{target} {key}: nothing compiles it any more: {COMMAND}" for key in expected.unexpected(target, found)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", "sm_80"])
+def test_what_may_be_bad_has_a_written_reason(target: str) -> None:
+    for name, entry in expected.load(target).items():
+        assert set(entry) - {"note"} == set(expected.entry(Report("", target, ""))), name
+        assert not entry["nan_dropping"] or entry.get("note"), f"{name}: maxima that lose a NaN, and no note says why they may"
+
+
+# --- the gates catch worse code ---
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers() -> Iterator[None]:
+    """One pool of compiling processes for all tests."""
+    with compile.workers():
+        yield
+
+
+@functools.cache
+def good(dtype: torch.dtype, target: str = "sm_90") -> tuple[Any, Report]:
+    forward = launches("linear_relu", "1024x1024x1024", dtype, target, backward=False)[0]
+    return forward, compile_launch(forward, target)
+
+
+def worse(block: dict[str, Any], dtype: torch.dtype = torch.float32, target: str = "sm_90") -> list[str]:
+    """What the gates say of linear_relu's forward with these blocks, against what is expected of the chosen ones."""
+    chosen = kernels.forward_config.static(config.TARGETS[target], dtype, 1024, 1024, 1024, False)
+    with kernels.forward_config.using(chosen | block):
+        launch = launches("linear_relu", "1024x1024x1024", dtype, target, backward=False)[0]
+    return expected.failures(compile_launch(launch, target), expected.entry(good(dtype, target)[1]), dtype == torch.float32)
+
+
+def test_the_chosen_configuration_passes() -> None:
+    assert worse({}) == []
+
+
+def test_a_spilling_configuration_fails() -> None:
+    found = worse({"num_warps": 1}, torch.bfloat16, "sm_80")
+    assert any("spills" in line for line in found), found
+
+
+def test_a_configuration_beyond_the_shared_memory_fails() -> None:
+    found = worse({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 5, "num_warps": 8}, torch.bfloat16, "gfx942")
+    assert any("too_large" in line and "gfx942 has 65536" in line for line in found), found
+
+
+def test_more_shared_memory_than_expected_fails() -> None:
+    found = worse({"num_stages": 5})
+    assert any("of shared memory, expected" in line for line in found), found
+
+
+def test_tf32_where_ieee_was_asked_for_fails() -> None:
+    launch, report = good(torch.float32)
+    tf32 = dataclasses.replace(launch, options=launch.options | {"PRECISION": "tf32"})
+    found = expected.failures(compile_launch(tf32, "sm_90"), expected.entry(report), ieee=True)
+    assert any("TF32" in line for line in found), found
+
+
+def test_lost_vector_and_tensor_core_instructions_fail() -> None:
+    """Rows that are not a multiple of 16 bytes: what the launcher starts for them has no 16-byte access."""
+    aligned = launches("linear_relu", "1024x1024x1024", torch.bfloat16, "sm_80")
+    ragged = launches("linear_relu", "ragged blocks", torch.bfloat16, "sm_80")
+    one, other = compile_launch(aligned[1], "sm_80"), compile_launch(ragged[1], "sm_80")
+    assert one.kernel == other.kernel == "relu_backward_kernel" and one.status == other.status == "ok"
+    assert expected.failures(other, expected.entry(one), False) == [
+        "no 16-byte loads any more",
+        "no 16-byte stores any more",
+    ]
+    product = compile_launch(aligned[0], "sm_80")
+    without = dataclasses.replace(product, tensor_core_ops=0)
+    assert expected.failures(without, expected.entry(product), False) == ["no tensor-core instructions any more"]
+
+
+def test_a_kernel_that_does_not_compile_fails() -> None:
+    launch, report = good(torch.float32)
+    broken = dataclasses.replace(launch, options=launch.options | {"BLOCK_K": 24})
+    found = expected.failures(compile_launch(broken, "sm_90"), expected.entry(report), True)
+    assert len(found) == 1 and found[0].startswith("failed:"), found
+
+
+def test_a_note_allows_a_spill_and_nothing_else() -> None:
+    report = Report("k", "sm_90", "", "spills", "9 spills", spills=9, nan_dropping=1, shared_bytes=100)
+    entry = expected.entry(report)
+    assert len(expected.failures(report, entry, False)) == 2
+    assert expected.failures(report, entry | {"note": "why"}, False) == []
+    assert len(expected.failures(dataclasses.replace(report, nan_dropping=2), entry | {"note": "why"}, False)) == 1
+
+
+# --- reading and compiling ---
+
+
+def test_maxima_that_lose_a_nan_are_seen(tmp_path: Path) -> None:
+    source = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def kernel(x, y, KEEP: tl.constexpr):
+    i = tl.arange(0, 128)
+    value = tl.load(x + i)
+    if KEEP:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        value = tl.maximum(value, 0.0)
+    tl.store(y + i, value)
+"""
+    file = tmp_path / "relu.py"
+    file.write_text(source)
+    for keep, count in (("True", 0), ("False", 1)):
+        for one in inspect.own_kernel(f"{file}:kernel", f"*fp32:16, *fp32:16, {keep}", {}, ["sm_90", "gfx942"]):
+            assert one.report.status == "ok" and one.report.nan_dropping == count, one
+
+
+def test_a_kernel_of_the_users_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import triton\nimport triton.language as tl\n\n@triton.jit\ndef copy(x, y, n, BLOCK: tl.constexpr):\n"
+        "    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)\n"
+        "    tl.store(y + i, tl.load(x + i, mask=i < n, other=0.0), mask=i < n)\n"
+    )
+    (vector,) = inspect.own_kernel(f"{file}:copy", "*bf16:16, *bf16:16, i32:16, 1024", {"num_warps": 4}, ["sm_90"])
+    (scalar,) = inspect.own_kernel(f"{file}:copy", "*bf16, *bf16:16, i32, 1024", {"num_warps": 4}, ["sm_90"])
+    assert vector.report.vector_loads == vector.report.vector_stores == 1 and not vector.report.scalar_accesses
+    assert not scalar.report.vector_loads and scalar.report.scalar_accesses == 16
+    assert any("no 16-byte access" in note for note in scalar.warnings())
+    for where, signature, error in (
+        ("nowhere.py:copy", "*bf16", "no such file"), (f"{file}:paste", "*bf16", "no @triton.jit function 'paste'"),
+        (f"{file}:copy", "*bf16", "has 4 arguments"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=error):
+            inspect.own_kernel(where, signature, {}, ["sm_90"])
+
+
+def test_one_code_is_compiled_once_and_sizes_do_not_matter() -> None:
+    def of(case: str, dtype: torch.dtype = torch.bfloat16) -> str:
+        return identity(launches("linear_relu", case, dtype, "sm_90")[0], "sm_90")
+
+    assert of("8192x8192x8192") == of("8192x4096x4096")
+    assert len({of("8192x8192x8192"), of("8192x8192x8192", torch.float16), of("1024x1024x1024"), of("ragged blocks")}) == 4
+
+
+def test_a_damaged_cache_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLACCEL_CACHE_DIR", str(tmp_path))
+    launch, report = good(torch.float32)
+    assert compile_launches([(launch, "sm_90")] * 2) == [report] * 2
+    (cached,) = (tmp_path / "inspect").iterdir()
+    assert compile_launch(launch, "sm_90") == report
+    cached.write_text(json.dumps(dataclasses.asdict(report) | {"registers": 7}))
+    assert compile_launch(launch, "sm_90").registers == 7  # it is read
+    for content in ("", "{", '{"kernel": 1, "unknown": 2}'):
+        cached.write_text(content)
+        assert compile_launch(launch, "sm_90") == report
+
+
+def test_blocks_per_sm() -> None:
+    """Against the occupancy calculator's rules worked by hand."""
+    assert blocks_per_sm("sm_90", registers=32, warps=4, shared=0) == 16  # 64 warps
+    assert blocks_per_sm("sm_90", registers=255, warps=8, shared=0) == 1  # 65536 / (256 * 32 * 8)
+    assert blocks_per_sm("sm_90", registers=65, warps=8, shared=0) == 3  # 72 registers a thread
+    assert blocks_per_sm("sm_90", registers=32, warps=4, shared=100 * 1024) == 2  # 228 KB, 1 KB of each block reserved
+    assert blocks_per_sm("sm_86", registers=32, warps=1, shared=0) == 16  # blocks
+    assert blocks_per_sm("gfx942", registers=128, warps=4, shared=0) == 4  # 512 / 128 waves on each of 4 SIMDs
+    assert blocks_per_sm("gfx942", registers=32, warps=4, shared=48 * 1024) == 1
+
+
+# --- the command ---
+
+
+def run(*words: str) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    inspect.add_arguments(parser)
+    return inspect.main(parser.parse_args(words))
+
+
+def test_the_command_prints_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "rows.jsonl"
+    select = ["--op", "linear_relu", "--case", "1024x1024x1024", "--target", "sm_90", "--dtype", "fp32"]
+    assert run(*select, "--json", str(saved)) == 0
+    printed = capsys.readouterr().out
+    assert "linear_relu_kernel" in printed and "relu_backward_kernel" in printed and "H100" in printed
+    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert len(rows) == 2
+    for field in (
+        "op", "kernel", "dtype", "config", "target", "triton", "registers", "spills", "stack_bytes", "shared_bytes",
+        "blocks_per_sm", "tensor_core_ops", "vector_loads", "vector_stores", "scalar_accesses", "predicted_us", "status",
+        "reason",
+    ):  # fmt: skip
+        assert field in rows[0]
+    assert run(*select, "--diff", str(saved)) == 0
+    assert "no difference" in capsys.readouterr().out
+    run(*select, "--config", "GROUP_M=4", "--diff", str(saved))
+    printed = capsys.readouterr().out
+    assert "linear_relu_kernel: config" in printed and "relu_backward_kernel" not in printed
+    assert run("--op", "linear_rely") == 2 and run("--target", "sm_12") == 2 and run("--case", "none") == 2
+    assert run("--op", "linear_relu", "--diff", "no-such-revision") == 2
+
+
+def test_full_adds_targets_dtypes_and_candidates() -> None:
+    few = Selection([inspect.gpu_cases("linear_relu")[0]], ["bfloat16"], ["sm_90"])
+    many = dataclasses.replace(few, candidates=True)
+    assert len(list(few.launches())) == 2
+    found = list(many.launches())
+    assert len(found) > 12 and sum(chosen for *_, chosen in found) == 2
+    assert len({inspect.config_of(launch) for _, _, launch, _, _ in found}) == len(found)
+
+
+# --- the model ---
+
+
+def test_the_model_counts_bytes_and_flops() -> None:
+    forward, backward = launches("linear_relu", "8192x4096x4096", torch.bfloat16, "sm_90")
+    m, k, n = 8192, 4096, 4096
+    assert model.bytes_of(forward) == 2 * (m * k + n * k + m * n + n)
+    assert model.flops_of(forward) == 2 * m * n * k
+    partial = backward.args[3]
+    assert model.bytes_of(backward) == 2 * 3 * m * n + 4 * partial.numel() and model.flops_of(backward) == 0
+    expanded = dataclasses.replace(backward, args=(torch.empty(1, device="meta").expand(m, n),))
+    assert model.bytes_of(expanded) == 4
+
+
+def test_the_model_predicts_in_proportion() -> None:
+    (forward, backward), h100 = launches("linear_relu", "8192x4096x4096", torch.bfloat16, "sm_90"), model.GPUS["H100"]
+    reports = compile_launches([(forward, "sm_90"), (backward, "sm_90")])
+    product = model.predict(forward, reports[0], "bfloat16", h100)
+    assert product.bound == "math" and product.us > product.flops / h100.tensor * 1e6
+    prepass = {gpu: model.predict(backward, reports[1], "bfloat16", model.GPUS[gpu]) for gpu in ("H100", "H200")}
+    assert prepass["H100"].bound == "memory" and prepass["H200"].us < prepass["H100"].us
+    assert prepass["H100"].us > prepass["H100"].bytes / h100.bandwidth * 1e6
+    assert 0.5 < prepass["H100"].of_roofline < 1
+
+
+def test_predictions_stay_once_a_gpu_has_measured_the_op(tmp_path: Path) -> None:
+    h100, folder = model.GPUS["H100"], tmp_path / "predicted"
+
+    def rows(us: float) -> list[dict[str, Any]]:
+        names = {"case": "c", "dtype": "bfloat16", "kernel": "k", "predicted_us": us}
+        return [{"op": op} | names for op in ("measured", "not")]
+
+    def stored() -> dict[str, float]:
+        return {r["op"]: r["predicted_us"] for r in map(json.loads, (folder / "H100.jsonl").read_text().splitlines())}
+
+    assert model.write_predictions(h100, rows(1.0), folder) == 2
+    assert model.write_predictions(h100, rows(2.0), folder) == 2 and stored() == {"measured": 2.0, "not": 2.0}
+    run_ = tmp_path / "some_run"
+    run_.mkdir()
+    result = {"op": "measured", "provider": "dlaccel", "median_ms": 0.5, "gpu": "NVIDIA H100 80GB HBM3"}
+    (run_ / "bench.jsonl").write_text(json.dumps(result) + "\n")
+    assert model.write_predictions(h100, rows(3.0), folder) == 1 and stored() == {"measured": 2.0, "not": 3.0}
+    (folder / "H100.jsonl").unlink()
+    assert model.write_predictions(h100, rows(4.0), folder) == 1 and stored() == {"not": 4.0}  # measured first: it has none
