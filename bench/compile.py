@@ -159,6 +159,7 @@ class Report:
     instructions: int = 0
     loop_instructions: int = 0  # those inside loops
     nan_dropping: int = 0  # maxima and minima that lose a NaN operand
+    unused: str = ""  # parameters that this specialisation does not read, comma-separated
 
     @property
     def warps_per_sm(self) -> int:
@@ -238,7 +239,7 @@ def _compile_all(missing: dict[str, tuple[bytes, str, str]]) -> Iterator[tuple[s
 
 # --- what identifies the compiled code ---
 
-_VERSION = 2  # of Report and of the reading below
+_VERSION = 3  # of Report and of the reading below
 
 
 def identity(launch: Launch, target: str) -> str:
@@ -398,21 +399,22 @@ def _compile(pickled: bytes, name: str, target: str) -> Report:
     except Exception as error:
         lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
         return Report(name, target, _triton_version(), "failed", " ".join(lines)[:300])
-    metadata = compiled.metadata
+    metadata, ir = compiled.metadata, str(compiled.asm["ttir"])
     found |= {
         "shared_bytes": metadata.shared,
         "warps": metadata.num_warps,
         "stages": metadata.num_stages,
-        "dots": len(re.findall(r"\btt\.dot\b", str(compiled.asm["ttir"]))),
-        "nan_dropping": len(re.findall(r"arith\.(?:max|min)numf|propagateNan = none", str(compiled.asm["ttir"]))),
+        "dots": len(re.findall(r"\btt\.dot\b", ir)),
+        "nan_dropping": len(re.findall(r"arith\.(?:max|min)numf|propagateNan = none", ir)),
     }
+    unused = ",".join(p for p in kernel.arg_names if len(re.findall(rf"%{p}(?!\w)", ir)) == 1)
     status, reason = "ok", ""
     if metadata.shared > device.shared:
         status, reason = "too_large", f"{metadata.shared} bytes of shared memory, {target} has {device.shared}"
     elif found["spills"] or found["stack_bytes"]:
         status, reason = "spills", f"{found['spills']} spills, {found['stack_bytes']} bytes of stack"
     blocks = blocks_per_sm(target, found["registers"], metadata.num_warps, metadata.shared)
-    return Report(name, target, _triton_version(), status, reason, blocks_per_sm=blocks, **found)
+    return Report(name, target, _triton_version(), status, reason, blocks_per_sm=blocks, unused=unused, **found)
 
 
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)(?:.*?0x([0-9a-f]+))?")

@@ -1,6 +1,6 @@
 """What a kernel ought to take on a GPU: bytes, FLOPs and instructions over that GPU's rates. A model, not a measurement.
 
-Bytes: each tensor argument of the launch moves once (its distinct elements). FLOPs: 2 M N K of a kernel with those arguments.
+Bytes: each tensor that the kernel uses moves once (its distinct elements). FLOPs: 2 M N K of a kernel with those arguments.
 Instructions: of a kernel without loops, exactly; with loops they are not known and do not bound. The longest of the three
 counts, stretched where the grid leaves multiprocessors idle, plus a fixed time for starting and draining the kernel.
 """
@@ -80,7 +80,7 @@ def predict(launch: Launch, report: Report, dtype: str, gpu: Gpu) -> Prediction:
 
     programs, sms = math.prod(launch.grid), TARGETS[gpu.target].sms
     fill = min(1.0, programs / sms)
-    moved, flops = bytes_of(launch), flops_of(launch)
+    moved, flops = bytes_of(launch, report.unused), flops_of(launch)
     memory = moved / (gpu.bandwidth * BANDWIDTH * min(1.0, 2 * fill))
     peak = gpu.vector if dtype == "float32" and not report.tf32_ops else gpu.tf32 if dtype == "float32" else gpu.tensor
     waves = _waves(programs, sms * max(report.blocks_per_sm, 1)) if flops else 1.0
@@ -100,12 +100,12 @@ def _waves(programs: int, slots: int) -> float:
     return math.ceil(programs / slots) * slots / programs if programs > slots else 1.0
 
 
-def bytes_of(launch: Launch) -> int:
-    """The distinct elements of the tensor arguments, in bytes."""
+def bytes_of(launch: Launch, unused: str = "") -> int:
+    """The distinct elements of the tensor arguments but the unused ones, in bytes."""
     tensors: dict[int, int] = {}
-    for a in launch.args:
+    for name, a in zip(launch.kernel.arg_names, launch.args, strict=False):
         t = a if isinstance(a, Tensor) else getattr(a, "base", None)
-        if isinstance(t, Tensor):
+        if isinstance(t, Tensor) and name not in unused.split(","):
             elements = math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride)
             tensors[id(t)] = elements * t.element_size()
     return sum(tensors.values())
