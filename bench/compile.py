@@ -10,6 +10,7 @@ do it, and reports are cached by source, target, configuration and Triton versio
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -272,10 +273,17 @@ def _specialised(value: Any) -> Any:
 
 @functools.cache
 def _source_hash(file: str) -> str:
-    """Of the kernel's file and its neighbours, whose helpers it may call."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(file).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    """Of the kernel's file and of those with kernels that it imports from its folder."""
+    digest, folder = hashlib.sha256(), Path(file).parent
+    waiting, seen = [Path(file)], {Path(file)}
+    while waiting:
+        source = waiting.pop().read_text()
+        digest.update(source.encode())
+        imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+        names = {name for node in imported for name in [(node.module or "").split(".")[-1], *(a.name for a in node.names)]}
+        siblings = {folder / f"{name}.py" for name in names if name} - seen
+        waiting += sorted(path for path in siblings if path.exists() and "@triton.jit" in path.read_text())
+        seen |= siblings
     return digest.hexdigest()
 
 

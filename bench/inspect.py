@@ -329,6 +329,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", type=_names, metavar="D,...", help="of bf16, fp16, fp32 (default: bf16, fp32)")
     parser.add_argument("--full", action="store_true", help="all targets, dtypes, cases and candidate configurations")
+    parser.add_argument(
+        "--per-kernel", type=int, metavar="N",
+        help=f"at most N different codes of a kernel, dtype and target, no candidates (default: {PER_KERNEL}, with --full all)",
+    )  # fmt: skip
     parser.add_argument("--diff", metavar="BASE", help="print what changed since a git revision or a saved --json file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
     parser.add_argument("--update-expected", action="store_true", help="rewrite tests/expected from what is compiled now")
@@ -378,7 +382,8 @@ def _main(args: argparse.Namespace) -> int:
             raise ValueError(f"unknown case {', '.join(args.case)}; `python -m dlaccel.bench list cases` lists them")
     selection = Selection(
         cases, [DTYPES[d] for d in dtypes], targets, args.kernel,
-        per_kernel=None if args.full or args.case else PER_KERNEL, candidates=args.full, override=args.config,
+        per_kernel=args.per_kernel or (None if args.full or args.case else PER_KERNEL),
+        candidates=args.full and not args.per_kernel, override=args.config,
     )  # fmt: skip
     found = inspect(selection, args.jobs)
     rows = [one.row() for one in found]
@@ -398,7 +403,9 @@ def _command(args: argparse.Namespace) -> list[str]:
     command = [word for option, values in lists.items() if values for word in (option, ",".join(values))]
     command += ["--kernel", args.kernel] if args.kernel else []
     command += ["--config", ",".join(f"{k}={v}" for k, v in args.config.items())] if args.config else []
-    command += ["--jobs", str(args.jobs)] if args.jobs else []
+    command += [
+        word for o in ("jobs", "per_kernel") if getattr(args, o) for word in (f"--{o}".replace("_", "-"), str(getattr(args, o)))
+    ]
     return command + (["--full"] if args.full else [])
 
 

@@ -46,7 +46,8 @@ def forward_config(target: Target, dtype: torch.dtype, M: int, N: int, K: int, t
     m, n = power_of_two(M, 16, 128), power_of_two(N, 32, 128)
     if target.backend == "hip":
         return _tile(m, n, 64, warps=8 if m * n >= 128 * 128 else 4, stages=2)
-    return _tile(m, n, 64, warps=8 if m * n >= 128 * 128 else 4, stages=3)
+    # Half the threads would do for 64 x 128, but where rows are not aligned they run out of registers and spill.
+    return _tile(m, n, 64, warps=8 if m * n >= 64 * 128 else 4, stages=3)
 
 
 def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
