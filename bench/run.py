@@ -150,6 +150,8 @@ def run(
     threads = threads or (1 if clock == "thread" else cores)
     environment = results.provenance(selection.device, threads=threads, clock=clock, precision=precision, seed=seed)
     say(f"{environment['gpu'] or environment['cpu']}; {threads} threads, {clock} clock, load {os.getloadavg()[0]:.2f}")
+    if clock != "cuda" and os.getloadavg()[0] > cores:
+        say("other processes keep this machine busy: short rows scatter (the eager/eager column shows how much)")
     say(f"torch {environment['torch']}, triton {environment['triton'] or 'absent'}")
     have = {row.resume_key for row in kept if row.status != "unavailable"}
     names: dict[str, str] = {}  # of providers, by how they were asked for
