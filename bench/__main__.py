@@ -62,7 +62,7 @@ def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    return [word for word in text.replace(",", " ").split() if word]
+    return [word.strip() for word in text.split(",") if word.strip()]  # names of cases contain spaces
 
 
 def selection(args: argparse.Namespace) -> tuple[run.Selection, dict[str, ModuleType]]:
@@ -249,7 +249,7 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
 
     def many(sub: argparse.ArgumentParser, *names: str) -> None:
         for name in names:
-            sub.add_argument(f"--{name}", f"--{name}s", type=words, default=[], metavar=f"{name.upper()}[,...]", dest=name)
+            sub.add_argument(f"--{name}", f"--{name}s", type=words, action="extend", default=[], metavar=f"{name.upper()}[,...]", dest=name)
 
     sub = verb("list", "ops, cases, providers and claims; for what is not available, why", do_list)
     sub.add_argument("what", nargs="*", help="ops, cases, providers, claims (default: all but cases)")

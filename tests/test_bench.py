@@ -614,6 +614,12 @@ def test_gpu_steps_name_real_files_and_verbs(tmp_path: Path, capsys: pytest.Capt
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
+def test_options_take_several_names_by_comma_or_repeated() -> None:
+    args = cli.parser().parse_args(["run", "--op", "a,b", "--op", "c", "--case", "8x8 K7, 9x9"])
+    assert args.op == ["a", "b", "c"] and args.case == ["8x8 K7", "9x9"]
+    assert cli.parser().parse_args(["run"]).op == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
