@@ -249,7 +249,9 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
 
     def many(sub: argparse.ArgumentParser, *names: str) -> None:
         for name in names:
-            sub.add_argument(f"--{name}", f"--{name}s", type=words, action="extend", default=[], metavar=f"{name.upper()}[,...]", dest=name)
+            sub.add_argument(
+                f"--{name}", f"--{name}s", type=words, action="extend", default=[], metavar=f"{name.upper()}[,...]", dest=name
+            )
 
     sub = verb("list", "ops, cases, providers and claims; for what is not available, why", do_list)
     sub.add_argument("what", nargs="*", help="ops, cases, providers, claims (default: all but cases)")
