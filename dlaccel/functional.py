@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from dlaccel.ops import batch_norm as _batch_norm
+from dlaccel.ops import cross_entropy as _cross_entropy
 from dlaccel.ops import depthwise_conv as _depthwise_conv
 from dlaccel.ops import linear_relu as _linear_relu
 
-__all__ = ["batch_norm", "depthwise_conv1d", "depthwise_conv2d", "linear_relu"]
+__all__ = ["batch_norm", "cross_entropy", "depthwise_conv1d", "depthwise_conv2d", "linear_relu"]
 
 
 def batch_norm(
@@ -57,6 +59,52 @@ def batch_norm(
     return _batch_norm.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, num_batches_tracked
     )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    num_items: float | Tensor | None = None,
+    fused: bool | None = None,
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy`: softmax cross-entropy of logits, for class indices or class probabilities.
+
+    Arguments, results and errors are torch's; docs/ops/cross_entropy.md lists the deviations. 16-bit logits are computed with
+    in float32 and rounded once; under autocast they are read as they are.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...), floating point, any strides.
+        target: classes, input's shape without C, int64 (uint8 up to two dimensions); or probabilities, input's shape.
+        weight: (C,), a weight for each class.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: a class of this number has loss 0, gradient 0 and no part in the mean. For class indices only.
+        reduction: "none", "mean" (over the weights of the targets' classes) or "sum".
+        label_smoothing: in [0, 1], how much of the target is spread evenly over the classes.
+        num_items: what "mean" divides the sum by instead, a number or a tensor of one element. For gradient accumulation: the
+            number of targets that count in all the micro-batches of a step.
+        fused: whether forward computes the gradient of input as well, so that a step reads the logits once. It takes the
+            memory of the gradient from forward on. Default: on the CPU where that is faster, elsewhere not.
+
+    Returns:
+        () or, with reduction "none", target's shape (input's without C), in input's dtype; float32 under autocast.
+
+    Raises:
+        IndexError: a target is neither a class nor ignore_index (on the CPU; the Triton kernels make the row's loss and
+            gradient NaN, and raise with the environment variable DLACCEL_CHECK=1).
+        RuntimeError, ValueError: as torch raises them, for shapes, dtypes, devices and options.
+
+    >>> loss = cross_entropy(torch.randn(32, 10), torch.randint(10, (32,)), label_smoothing=0.1)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    return _cross_entropy.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, num_items, fused)
 
 
 def depthwise_conv1d(

@@ -17,6 +17,7 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "CrossEntropyLoss",
     "LinearReLU",
 ]
 
@@ -106,6 +107,25 @@ class BatchNormReLU3d(_Activated, torch.nn.BatchNorm3d):
 
     >>> layer = BatchNormReLU3d(64)
     """
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss`: same arguments, same buffer `weight`, same results.
+
+    Input (N, C, \\*) or (C,), target of classes or probabilities; see `dlaccel.functional.cross_entropy`.
+
+    >>> loss = CrossEntropyLoss(label_smoothing=0.1)(torch.randn(32, 10), torch.randint(10, (32,)))
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
 
 
 class LinearReLU(torch.nn.Linear):

@@ -26,6 +26,7 @@ Arguments the four share:
     eager       torch's side where it is more than the table's function or module: linear_relu's is relu(F.linear(...)).
                 For modules: a function of (torch's module, *inputs).
     adapt       (args, kwargs) -> (args, kwargs) for both sides, or None to leave a sample out
+    terms       see close_enough: for samples whose results are small sums of large terms
 
 Private API of torch, used here alone: tests that need a name torch no longer has are skipped, saying which.
 """
@@ -84,6 +85,7 @@ def check_function(
     at_least: int,
     eager: Callable[..., Tensor] | None = None,
     adapt: Adapt = as_is,
+    terms: float = 0.0,
 ) -> None:
     """`ours` does what torch's function `name` does, on every sample of its OpInfo."""
     infos = [info for info in _tables().op_db if info.name == name and dtype in _dtypes(info)]
@@ -96,7 +98,15 @@ def check_function(
             for index, (args, kwargs) in enumerate(_samples(info, dtype)):
                 if (call := adapt(args, kwargs)) is not None:
                     _compare(
-                        f"{name} sample {index}", ours, theirs, theirs, call, _copy(call), _copy(call, torch.float64), dtype
+                        f"{name} sample {index}",
+                        ours,
+                        theirs,
+                        theirs,
+                        call,
+                        _copy(call),
+                        _copy(call, torch.float64),
+                        dtype,
+                        terms,
                     )
                     count += 1
     assert count >= at_least, f"{count} cases ran, expected at least {at_least}"
@@ -139,6 +149,7 @@ def check_module(
     at_least: int,
     eager: Callable[..., Tensor] | None = None,
     adapt: Adapt = as_is,
+    terms: float = 0.0,
 ) -> None:
     """`ours` does what torch's module `name` does, on every sample of its ModuleInfo, in training and evaluation.
 
@@ -171,6 +182,7 @@ def check_module(
                 _copy(call),
                 _copy(call, torch.float64),
                 dtype,
+                terms,
                 [dict(m.named_parameters()) | dict(m.named_buffers()) for m in (mine, theirs, exact)],
             )
             count += 1
@@ -229,6 +241,7 @@ def _compare(
     eager_call: Call,
     exact_call: Call,
     dtype: torch.dtype,
+    terms: float,
     states: list[dict[str, Tensor]] | None = None,
 ) -> None:
     """Run the three and compare all that they did."""
@@ -237,12 +250,12 @@ def _compare(
     (e1, mine), (e2, theirs), (e3, truth) = (_outcome(*side, second_order=dtype == torch.float64) for side in sides)
     assert type(e1) is type(e2), f"{what}: raised {e1!r}, torch {e2!r}"
     assert type(e3) is type(e2), f"{what}: cannot be judged, in float64 torch raised {e3!r}"
-    wrong = [f"{n} {w}" for n in truth if (w := close_enough(mine.get(n), theirs.get(n), truth[n], dtype))]
+    wrong = [f"{n} {w}" for n in truth if (w := close_enough(mine.get(n), theirs.get(n), truth[n], dtype, terms=terms))]
     for i, (old, t, u, v) in enumerate(zip(before, *map(_tensors, (our_call, eager_call, exact_call)), strict=True)):
         if _same(old, u):
             if not _same(old, t):
                 wrong.append(f"input {i} was changed")
-        elif w := close_enough(t, u, v, dtype):
+        elif w := close_enough(t, u, v, dtype, terms=terms):
             wrong.append(f"updated input {i} {w}")
     assert not wrong, f"{what}: " + "; ".join(wrong)
 

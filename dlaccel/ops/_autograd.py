@@ -53,6 +53,7 @@ def kernel(declaration: Op, overload: Any) -> Callable[..., Any]:
                 ctx.save_for_forward(*tensors)
             ctx.set_materialize_grads(False)
             ctx.options = [args[i] for i in options]
+            ctx.owned = None if declaration.owned is None else outputs[declaration.owned]
             if declaration.non_differentiable:
                 ctx.mark_non_differentiable(*[outputs[i] for i in declaration.non_differentiable])
             return outputs

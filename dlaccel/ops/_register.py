@@ -55,7 +55,9 @@ class Op:
     jvp: Callable[..., Any] | None = None  # (ctx, *tangents) -> a tangent per output; ctx.options: non-tensor arguments
     non_differentiable: tuple[int, ...] = ()  # outputs without a gradient
     vmap: Callable[..., tuple[Any, Any]] | None = None  # as for torch.library.register_vmap; default: a call per sample
-    autocast: str | None = None  # "lower", "fp32", "promote"; None: runs in the dtypes that come
+    owned: int | None = None  # the output that backward may write to: ctx.owned, of which the caller must keep nothing
+    # "lower", "fp32", "promote", or a function from the arguments to those to run with; None: the dtypes that come
+    autocast: str | Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
     flops: Callable[..., int] | None = None  # (*arguments, a shape for each tensor) -> FLOPs
     sharding: Callable[..., list[Any]] | None = None  # as for torch.distributed.tensor.experimental.register_sharding
     unsupported: Callable[..., str | None] | None = None  # why the Triton kernel cannot take a call
@@ -98,7 +100,7 @@ class Op:
         torch.library.register_vmap(op, self.vmap or _one_call_per_sample(op, mutated), lib=LIBRARY)
         if self.autocast is not None:
             for device in ("cpu", "cuda", "xpu"):
-                _register_autocast(name, op, _AUTOCAST[self.autocast], device)
+                _register_autocast(op, self.autocast, filled, device)
         if self.flops is not None:
             flops = padded(self.flops)
             _waiting[FLOPS].append(lambda m: m.register_flop_formula(op.overloadpacket)(flops))
@@ -140,7 +142,7 @@ def activate(subsystem: str) -> None:
         _waiting[subsystem].pop()(module)
 
 
-def _register_autocast(name: str, op: Any, policy: Callable[..., torch.dtype], device: str) -> None:
+def _register_autocast(op: Any, rule: str | Callable[..., Any], filled: Callable[..., Any], device: str) -> None:
     key = f"Autocast{_C._dispatch_key_for_device(device)}"
     excluded = _C.DispatchKeySet(getattr(_C.DispatchKey, key))
     guard: Any = _C._ExcludeDispatchKeyGuard
@@ -148,12 +150,15 @@ def _register_autocast(name: str, op: Any, policy: Callable[..., torch.dtype], d
     def eligible(a: Any) -> bool:  # as in aten: float64 and tensors of other devices are left alone
         return isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 and a.device.type == device
 
-    def kernel(*args: Any) -> Any:
-        dtype = policy(torch.get_autocast_dtype(device), [a.dtype for a in args if eligible(a)])
-        with guard(excluded):
-            return op(*[a.to(dtype) if eligible(a) else a for a in args])
+    def cast(args: tuple[Any, ...]) -> Any:
+        dtype = _AUTOCAST[str(rule)](torch.get_autocast_dtype(device), [a.dtype for a in args if eligible(a)])
+        return [a.to(dtype) if eligible(a) else a for a in args]
 
-    LIBRARY.impl(name, kernel, key)
+    def kernel(*args: Any) -> Any:
+        with guard(excluded):
+            return op(*(rule(filled(args)) if callable(rule) else cast(args)))
+
+    LIBRARY.impl(op._opname, kernel, key)
 
 
 def _one_call_per_sample(op: Any, mutated: list[int]) -> Callable[..., tuple[Any, Any]]:
