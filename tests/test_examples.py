@@ -15,15 +15,21 @@ import pytest
 import torch
 
 from dlaccel.bench import data
+from dlaccel.nn import BatchNormReLU2d
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def example(name: str) -> ModuleType:
+    """The module, imported as the script is: its folder comes first on the path."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(EXAMPLES))
     return module
 
 
@@ -109,3 +115,29 @@ def test_resumed_training_equals_training_in_one_go(tmp_path: Path) -> None:
         assert torch.equal(weight, twice["model"][key]), key
     with pytest.raises(SystemExit, match="trained with optimizer=rmsprop, not adam"):
         run(4, "twice", "--resume", "--optimizer", "adam")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["resnet_block", "mobilenet"])
+def test_twins_learn_alike(name: str, channels_last: bool) -> None:
+    """In float64, where rounding can neither hide nor make a difference; and both networks must have learnt something."""
+    needs("digits")
+    module = example(name)
+    torch.manual_seed(0)
+    ours, theirs = (module.build(dlaccel, 8) for dlaccel in (True, False))
+    if channels_last:
+        ours, theirs = (net.to(memory_format=torch.channels_last) for net in (ours, theirs))
+    assert any(isinstance(m, BatchNormReLU2d) for m in ours.modules())
+    assert not any(isinstance(m, BatchNormReLU2d) for m in theirs.modules())
+    found = module.twins.train(ours, theirs, data.load("digits"), 12, 16, 0.05, "cpu", torch.float64)
+    assert found.difference < 1e-9
+    assert sum(a for a, _ in found.losses[-3:]) < sum(a for a, _ in found.losses[:3])
+    assert abs(found.accuracy[0] - found.accuracy[1]) < 1e-9 and len(found.seconds) == 11
+
+
+def test_twins_print_both_losses(capsys: Any) -> None:
+    needs("digits")
+    module = example("mobilenet")
+    assert module.twins.main(module.build, "", ["--data", "digits", "--steps", "4", "--batch", "8", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "dlaccel" in text and "times as fast" in text

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dlaccel.bench import data
 from dlaccel.bench.claims import lab
 from dlaccel.bench.claims.row import Baseline, Row
-from dlaccel.functional import linear_relu
+from dlaccel.functional import depthwise_conv2d, linear_relu
+from dlaccel.nn import BatchNormReLU1d, BatchNormReLU2d
 
 CLAIM = 6
 TITLE = "Thousands of layers from scratch"
@@ -53,7 +54,7 @@ class Plain(nn.Module):
         super().__init__()
         self.relu = relu
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
-        self.norm = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth - 1)) if batch_norm else None
+        self.norm = nn.ModuleList(BatchNormReLU1d(width) for _ in range(depth - 1)) if batch_norm else None
         self.out = nn.Linear(width, 10)
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
@@ -63,7 +64,7 @@ class Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.hidden):
             if self.norm is not None:
-                x = F.relu(self.norm[i](layer(x)))
+                x = self.norm[i](layer(x))
             elif self.relu:
                 x = linear_relu(x, layer.weight, layer.bias)  # type: ignore[arg-type]
             else:
@@ -78,8 +79,8 @@ class Residual(nn.Module):
         super().__init__()
         self.first = nn.Linear(WIDTH, WIDTH)
         self.hidden = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth - 2))
-        self.norm = nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in range(depth - 2))
-        self.last_norm = nn.BatchNorm1d(WIDTH)
+        self.norm = nn.ModuleList(BatchNormReLU1d(WIDTH) for _ in range(depth - 2))
+        self.last_norm = BatchNormReLU1d(WIDTH)
         self.out = nn.Linear(WIDTH, 10)
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
@@ -88,8 +89,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for layer, norm in zip(self.hidden, self.norm, strict=True):
-            x = x + layer(F.relu(norm(x)))
-        return self.out(F.relu(self.last_norm(x)))  # type: ignore[no-any-return]
+            x = x + layer(norm(x))
+        return self.out(self.last_norm(x))  # type: ignore[no-any-return]
 
 
 class SeparableBlock(nn.Module):
@@ -97,12 +98,13 @@ class SeparableBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = BatchNormReLU2d(channels)
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.pointwise(self.depthwise(F.relu(self.norm(x))))  # type: ignore[no-any-return]
+        y = depthwise_conv2d(self.norm(x), self.depthwise.weight, padding=1)
+        return x + self.pointwise(y)  # type: ignore[no-any-return]
 
 
 def separable(blocks: int, channels: int = 16) -> nn.Sequential:
@@ -111,8 +113,7 @@ def separable(blocks: int, channels: int = 16) -> nn.Sequential:
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, channels, 3, padding=1),
         *(SeparableBlock(channels) for _ in range(blocks)),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
+        BatchNormReLU2d(channels),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(4 * channels, 10),
