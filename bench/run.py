@@ -35,7 +35,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset("quick", ("fwd", "train"), ("tuned",), ("dlaccel", "eager"), timing.Effort(0.1, 5)),
+    "quick": Preset("quick", ("fwd", "train"), ("tuned",), ("dlaccel", "eager"), timing.Effort(0.2, 5)),
     "default": Preset(None, None, ("tuned", "default"), ("dlaccel", "eager"), timing.Effort(0.2, 7)),
     "full": Preset(None, None, ("tuned", "default"), None, timing.Effort(0.6, 15)),
 }

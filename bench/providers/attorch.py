@@ -88,14 +88,16 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     from attorch.batch_norm_layer import BatchNormAutoGrad
 
+    need(num_batches_tracked is None, "has no cumulative average")
     track = running_mean is not None
     arguments = (input, training, weight, bias, running_mean, running_var, momentum, eps, track, residual, activation)
     y: Tensor = BatchNormAutoGrad.apply(*arguments)

@@ -29,13 +29,15 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     need(weight is not None and bias is not None and input.dim() > 2, "needs weight, bias and at least 3 dimensions")
+    need(num_batches_tracked is None, "has no cumulative average")
     arguments = (input, weight, bias, running_mean, running_var, training, momentum, eps)
     y: Tensor = torch.ops.aten.cudnn_batch_norm(*arguments)[0]
     if residual is not None:

@@ -63,16 +63,18 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     from flag_gems import ops
 
     _forward_only()
     need(activation in (None, "relu"), "has no relu6 in place")
+    need(num_batches_tracked is None, "has no cumulative average")
     y: Tensor = ops.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
     y = y if residual is None else ops.add(y, residual)
     return y if activation is None else ops.relu_(y)  # type: ignore[no-any-return]
