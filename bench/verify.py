@@ -233,6 +233,8 @@ def _outcome(case: Case, provider: Provider, row: str, device: str, family: Any)
         wrong = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if interpreted and "not compiled with CUDA" in wrong:
             return ABSENT, "it allocates on a CUDA device"
+        if "backend 'triton' was chosen but" in wrong:  # dlaccel's refusal, with its reason
+            return ABSENT, wrong
     return (WRONG, wrong) if wrong else (OK, "")
 
 
