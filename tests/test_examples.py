@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dlaccel.bench import data
-from dlaccel.nn import BatchNormReLU2d
+from dlaccel.nn import BatchNormReLU2d, LinearReLU
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -84,7 +84,7 @@ def test_digits_runs_as_a_script_from_anywhere(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "One step in slow motion" in done.stdout and "Held-out accuracy" in done.stdout
     record = json.loads((tmp_path / "out" / "digits.json").read_text())
-    assert record["data"] == "digits" and 0.5 < record["mean"] <= 1
+    assert record["data"] == "digits" and 0.5 < record["mean"] <= 1 and 0.5 < record["logistic_regression"] < 1
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "out" / "layers.png").stat().st_size > 10_000
 
@@ -141,3 +141,14 @@ def test_twins_print_both_losses(capsys: Any) -> None:
     assert module.twins.main(module.build, "", ["--data", "digits", "--steps", "4", "--batch", "8", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "dlaccel" in text and "times as fast" in text
+
+
+def test_accumulated_gradient_equals_the_whole_batch() -> None:
+    needs("digits")
+    module = example("gradient_accumulation")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), LinearReLU(64, 32), torch.nn.Linear(32, 10))
+    images, labels = next(module.batches(data.load("digits"), 64, torch.Generator().manual_seed(0)))
+    means, exact = module.compare(model, images, labels, parts=4)
+    assert exact < 1e-6 < 1e-2 < means
+    assert module.main(["--data", "digits", "--steps", "1", "--batch", "64"]) == 0

@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlaccel.bench import data
 from dlaccel.bench.claims import lab
 from dlaccel.bench.claims.row import Baseline, Row
-from dlaccel.functional import depthwise_conv2d, linear_relu
+from dlaccel.functional import cross_entropy, depthwise_conv2d, linear_relu
 from dlaccel.nn import BatchNormReLU1d, BatchNormReLU2d
 
 CLAIM = 6
@@ -198,7 +197,7 @@ def _parts(digits: data.Digits, seed: int, device: str) -> tuple[data.Digits, da
 def gradient_norms(net: nn.Module, training: data.Digits) -> list[float]:
     """Of each hidden layer's weight, for one batch, before training."""
     net.train()
-    F.cross_entropy(net(training.images[:BATCH].flatten(1)), training.labels[:BATCH]).backward()
+    cross_entropy(net(training.images[:BATCH].flatten(1)), training.labels[:BATCH]).backward()
     norms = [float(layer.weight.grad.norm()) for layer in net.hidden]  # type: ignore[union-attr, operator]
     net.zero_grad()
     return norms
@@ -217,7 +216,7 @@ def train(net: nn.Module, training: data.Digits, epochs: int, optimizer: torch.o
         total = torch.zeros((), device=images.device)
         batches = torch.randperm(len(training), device=images.device).split(BATCH)[: len(training) // BATCH]
         for part in batches:
-            loss = F.cross_entropy(net(images[part]), training.labels[part])
+            loss = cross_entropy(net(images[part]), training.labels[part])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -240,7 +239,7 @@ def _growth(book: lab.Notebook, on: lab.Machine, layers: int = 20, width: int = 
     torch.manual_seed(0)
     net = Plain(layers, relu=True, batch_norm=True, width=width).to(on.device)
     x = torch.randn(width, width, device=on.device)
-    F.cross_entropy(net(x), torch.randint(0, 10, (width,), device=on.device)).backward()
+    cross_entropy(net(x), torch.randint(0, 10, (width,), device=on.device)).backward()
     norms = [float(layer.weight.grad.norm()) for layer in net.hidden]  # type: ignore[union-attr, operator]
     growth = (norms[0] / norms[-1]) ** (1 / (len(norms) - 1))
     theory = Baseline(what="mean-field value sqrt(pi / (pi - 1))", value=math.sqrt(math.pi / (math.pi - 1)), status="projected")
