@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,12 +34,17 @@ LEAST = 20.0  # with fewer seconds left nothing is begun
 
 @dataclass(frozen=True)
 class Unit:
-    """One command. `resumes`: it keeps its own state, so it runs again until it has nothing left to do."""
+    """One command.
+
+    resumes: it keeps its own state, so it runs again until it has nothing left to do.
+    keep: what it prints is its result, and is kept as <unit>.txt.
+    """
 
     name: str
     command: Sequence[str]
     env: dict[str, str] = field(default_factory=dict)
     resumes: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ def units(step: str, out: Path) -> list[Unit]:
             Unit("everything", _bench(*run, "--preset", "full"), resumes=True),
         ],
         "models": lambda: [
-            Unit(f"{path.stem}", _python(str(path), "--device", "cuda", "--out", str(out / path.stem)))
-            for path in sorted((ROOT / "examples").glob("*.py"))
+            Unit(name, _python(f"examples/{name}.py", "--device", "cuda"), keep=True)
+            for name in ("resnet_block", "mobilenet", "digits")
         ],
         "claims": lambda: [Unit("claims", _bench("claims", "--preset", "full", "--out", str(out)))],
         "sanitize": lambda: [
@@ -147,13 +153,20 @@ def run_step(
             command = [word.replace(BUDGET, f"{max(1.0, left - LEAST):.0f}") for word in unit.command]
             say(f"[{number}/{len(todo)}] {unit.name}: {shlex.join(command)}")
             started = time.monotonic()
+            kept = log.parent / f"{unit.name}.txt"
             try:
-                code = subprocess.run(command, env=os.environ | unit.env, cwd=ROOT, timeout=left, check=False).returncode
+                with kept.open("w") if unit.keep else nullcontext() as output:
+                    environment = os.environ | unit.env
+                    code = subprocess.run(
+                        command, env=environment, cwd=ROOT, timeout=left, stdout=output, check=False
+                    ).returncode
             except subprocess.TimeoutExpired:
                 code = None
             except OSError as error:
                 say(f"{unit.name}: {error}")
                 code = 127
+            if unit.keep:
+                say(kept.read_text())
             seconds = round(time.monotonic() - started, 1)
             file.write(asdict(Outcome(step, unit.name, code, seconds, git_sha, results.now())))
             worst = worst or code or 0

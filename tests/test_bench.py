@@ -572,7 +572,7 @@ def test_gpu_steps_continue_where_they_stopped(tmp_path: Path) -> None:
     log, trace = tmp_path / "steps.jsonl", tmp_path / "trace"
     note = f"import sys; open({str(trace)!r}, 'a').write(sys.argv[1] + ' ')"
     todo = [
-        gpu.Unit("a", [*python(note), "a"]),
+        gpu.Unit("a", [*python(note + "; print('shown')"), "a"], keep=True),
         gpu.Unit("fails", python("raise SystemExit(5)")),
         gpu.Unit("bench", [*python(note), gpu.BUDGET], resumes=True),
         gpu.Unit("missing", ["/no/such/program"]),
@@ -582,6 +582,7 @@ def test_gpu_steps_continue_where_they_stopped(tmp_path: Path) -> None:
     assert trace.read_text().split()[0] == "a" and 1 <= float(trace.read_text().split()[1]) <= 30  # less the last 20 s
     with log.open("a") as file:
         file.write('{"step": "te')  # killed in mid-write
+    assert "shown\n" in said and (tmp_path / "a.txt").read_text() == "shown\n"
     said.clear()
     assert gpu.run_step("test", todo, log, 50, "sha", said.append) == 5
     assert "[1/4] a: done before" in said and trace.read_text().split().count("a") == 1
