@@ -19,6 +19,7 @@ __all__ = [
     "BatchNormReLU3d",
     "CrossEntropyLoss",
     "LinearReLU",
+    "SyncBatchNorm",
 ]
 
 
@@ -126,6 +127,75 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+
+class SyncBatchNorm(torch.nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` for any device and backend of torch.distributed, gloo on the CPU included.
+
+    In training, the statistics are those of all processes of `process_group`, whose inputs may differ in size or be empty.
+    Arguments and state_dict are torch's, and `activation`: None, "relu" or "relu6", behind the sum with `residual`. Outside of
+    a process group, in evaluation and in a group of one it is batch norm. Differentiable once where it synchronises.
+
+    >>> model = SyncBatchNorm.convert_sync_batchnorm(model)
+    """
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        distributed = torch.distributed
+        if not (self.training and distributed.is_available() and distributed.is_initialized()):
+            return _batch_norm(self, input, residual, self.activation)
+        group = self.process_group or distributed.group.WORLD
+        if distributed.get_world_size(group) == 1:
+            return _batch_norm(self, input, residual, self.activation)
+        from dlaccel.distributed import sync_batch_norm
+
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        tracks = self.track_running_stats
+        return sync_batch_norm(
+            input,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self.eps,
+            group,
+            residual=residual,
+            activation=self.activation,
+            num_batches_tracked=self.num_batches_tracked if tracks else None,
+        )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """Replaces every batch norm in `module`, the fused ones included; parameters and buffers stay the same objects.
+
+        Returns `module`, or the new layer where `module` is a batch norm itself.
+        """
+        converted = module
+        if isinstance(module, _BatchNorm):
+            converted = cls(
+                module.num_features,
+                module.eps,
+                module.momentum,
+                module.affine,
+                module.track_running_stats,
+                process_group,
+                activation=getattr(module, "activation", None),
+            )
+            converted.weight, converted.bias = module.weight, module.bias
+            converted.running_mean, converted.running_var = module.running_mean, module.running_var
+            converted.num_batches_tracked = module.num_batches_tracked
+            converted.train(module.training)
+        for name, child in module.named_children():
+            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return converted
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
 
 
 class LinearReLU(torch.nn.Linear):

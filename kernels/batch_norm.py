@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -193,7 +194,7 @@ def collapse_kernel(first, second, first_out, second_out, C, PARTS, GROUP, BLOCK
 
 @triton.jit
 def normalise_kernel(
-    x, w, b, residual, y, mean, rstd_or_var, sums, squares, shift, running_mean, running_var, counter, momentum,
+    x, w, b, residual, y, mean, rstd_or_var, sums, squares, shift, running_mean, running_var, counter, momentum, rest,
     R, C, N, PARTS, TILES, TILES_PER_PROGRAM, stride_xr, stride_xb, stride_xn, stride_zr, stride_zb, stride_zn,
     stride_yr, stride_yb, stride_yn, stride_rm, stride_rv,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, MERGE: tl.constexpr,
@@ -208,20 +209,20 @@ def normalise_kernel(
         delta = merged(sums, channel, C, PARTS, MERGE) / count
         var = merged(squares, channel, C, PARTS, MERGE) / count - delta * delta
         var = tl.where(var < 0, 0.0, var)  # not maximum: NaN stays
-        mean_values = (tl.load(shift + channel, mask=valid, other=0.0).to(tl.float64) + delta).to(ACC)
+        mean64 = tl.load(shift + channel, mask=valid, other=0.0).to(tl.float64) + delta
+        mean_values = mean64.to(ACC)
         rstd = (1.0 / tl.sqrt(var + EPS)).to(ACC)
         if part == 0:
             tl.store(mean + channel, mean_values, mask=valid)
             tl.store(rstd_or_var + channel, rstd, mask=valid)
             if running_mean is not None:
-                share = momentum
+                share = tl.full((), 0.0, tl.float64) + momentum + rest
                 if counter is not None:
-                    share = 1.0 / tl.load(counter).to(ACC)  # statistics_kernel has counted
-                old_mean = tl.load(running_mean + channel * stride_rm, mask=valid, other=0.0).to(ACC)
-                old_var = tl.load(running_var + channel * stride_rv, mask=valid, other=0.0).to(ACC)
-                unbiased = (var * (count / (count - 1.0))).to(ACC)
-                new_mean = (1 - share) * old_mean + share * mean_values
-                new_var = (1 - share) * old_var + share * unbiased
+                    share = 1.0 / tl.load(counter).to(tl.float64)  # statistics_kernel has counted
+                old_mean = tl.load(running_mean + channel * stride_rm, mask=valid, other=0.0).to(tl.float64)
+                old_var = tl.load(running_var + channel * stride_rv, mask=valid, other=0.0).to(tl.float64)
+                new_mean = (1 - share) * old_mean + share * mean64
+                new_var = (1 - share) * old_var + share * (var / (1 - 1 / (tl.full((), 0.0, tl.float64) + count)))
                 tl.store(running_mean + channel * stride_rm, new_mean.to(running_mean.dtype.element_ty), mask=valid)
                 tl.store(running_var + channel * stride_rv, new_var.to(running_var.dtype.element_ty), mask=valid)
     else:
@@ -287,9 +288,8 @@ def reduce_kernel(
         )  # fmt: skip
         if dresidual is not None:
             tl.store(dresidual + to_y, g.to(dresidual.dtype.element_ty), mask=inside)
-        centred = tl.where(inside, x_tile - mean_values[None, :], 0.0)  # g is 0 outside, but 0 times NaN or inf is not
-        sum1 += g
-        sum2 += g * centred
+        sum1 += g  # 0 outside of the tensor
+        sum2 += g * (x_tile - mean_values[None, :])
     partial = part.to(tl.int64) * C + channel
     tl.store(sums + partial, sum_per_channel(sum1, RUNS), mask=valid)
     tl.store(dots + partial, sum_per_channel(sum2, RUNS), mask=valid)
@@ -375,14 +375,16 @@ def _one_stride(t: Tensor, dims: Sequence[int]) -> int | None:
 class Tiling:
     """What the launches of one call have in common."""
 
-    def __init__(self, x: Tensor, like: Tensor, *others: Tensor | None) -> None:
-        """like: dense, in the layout of the outputs. others: inputs of x's shape."""
+    def __init__(self, x: Tensor, *others: Tensor | None) -> None:
+        """others: inputs of x's shape. Outputs are laid out as empty_like(x)."""
+        like = x if _is_dense(x) else torch.empty_like(x, device="meta")
         self.view = view = View.of(like)
+        self.layout = like.stride()
         inputs = [x, *others]
         strides = [None if t is None else view.strides(t) for t in inputs]
         for i, t in enumerate(inputs):
             if t is not None and strides[i] is None:  # no single stride, so no kernel: bring it to the layout of the output
-                inputs[i] = torch.empty_like(like).copy_(t)
+                inputs[i] = self.laid_out(t)
                 strides[i] = view.strides(like)
         self.x, *self.others = inputs
         runs = view.S > 1
@@ -394,18 +396,22 @@ class Tiling:
             r, b, n = s or (0, 0, 0)
             self.strides += [r // vec, b // vec, n]
 
-        chosen = tile_config(like.device, like.dtype, view.R, view.C, view.S)
+        chosen = tile_config(x.device, x.dtype, view.R, view.C, view.S)
         self.blocks = view.C if runs else triton.cdiv(view.C, chosen["BLOCK_N"])
         tiles = triton.cdiv(view.R, chosen["BLOCK_R"]) * (triton.cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
-        wanted = triton.cdiv(RESIDENT * config.target_of(like.device).sms, self.blocks)
-        least = 1 if config.target_of(like.device).interpreted else TILES
+        wanted = triton.cdiv(RESIDENT * config.target_of(x.device).sms, self.blocks)
+        least = 1 if config.target_of(x.device).interpreted else TILES
         per_program = triton.cdiv(tiles, max(1, min(wanted, tiles // least)))
         self.parts = triton.cdiv(tiles, per_program)
         self.sizes = view.R, view.C, columns // vec
         self.tiles = tiles, per_program
-        self.acc = tl.float64 if like.dtype == torch.float64 else tl.float32
+        self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
         self.constants: dict[str, Any] = {"RUNS": runs, "VEC": vec, "ACC": self.acc, **chosen}
         self.merge = 64 if runs else 16
+
+    def laid_out(self, t: Tensor) -> Tensor:
+        """t in the layout of the outputs."""
+        return t if t.stride() == self.layout else t.new_empty_strided(t.shape, self.layout).copy_(t)
 
     def launch(self, kernel: Any, *args: Any, parts: int | None = None, **constants: Any) -> None:
         launch(kernel, (self.blocks, self.parts if parts is None else parts), *args, **self.constants, **constants)
@@ -427,8 +433,17 @@ class Tiling:
         return *few, groups
 
 
+_is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _in_two(number: float) -> tuple[float, float]:
+    """A kernel's numbers are float32: this one's rounded value, and what that leaves."""
+    (rounded,) = struct.unpack("f", struct.pack("f", number))
+    return rounded, number - rounded
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
@@ -446,7 +461,7 @@ def batch_norm(
             num_batches_tracked.add_(1)
         return y, x.new_zeros(x.shape[1], dtype=_wide(x)), x.new_zeros(x.shape[1], dtype=_wide(x))
     mean, rstd, shift = (x.new_empty(x.shape[1], dtype=_wide(x)) for _ in range(3))
-    tiling = Tiling(x, y, residual)
+    tiling = Tiling(x, residual)
     sums, squares = tiling.partials(x)
     tiling.launch(
         statistics_kernel, tiling.x, sums, squares, shift, num_batches_tracked, *tiling.sizes, *tiling.tiles,
@@ -456,11 +471,28 @@ def batch_norm(
     running = [running_mean, running_var]
     tiling.launch(
         normalise_kernel, tiling.x, _vector(weight), _vector(bias), *tiling.others, y, mean, rstd, sums, squares, shift,
-        *running, num_batches_tracked if momentum is None else None, 0.0 if momentum is None else momentum,
+        *running, num_batches_tracked if momentum is None else None, *_in_two(momentum or 0.0),
         *tiling.sizes, parts, *tiling.tiles, *tiling.strides, *(0 if t is None else t.stride(0) for t in running),
         EPS=eps, ACTIVATION=activation, TRAINING=True, MERGE=tiling.merge,
     )  # fmt: skip
     return y, mean, rstd
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations per channel, in float64; zeros of an empty tensor."""
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
+    tiling = Tiling(x)
+    sums, squares = tiling.partials(x)
+    shift = x.new_empty(x.shape[1], dtype=_wide(x))
+    tiling.launch(
+        statistics_kernel, tiling.x, sums, squares, shift, None, *tiling.sizes, *tiling.tiles, *tiling.strides[:3],
+        SAMPLES=SAMPLES,
+    )  # fmt: skip
+    count = x.numel() // x.shape[1]
+    total, square = sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64)
+    deviations = square - total * total / count
+    return shift + total / count, torch.where(deviations < 0, 0.0, deviations)
 
 
 def batch_norm_inference(
@@ -469,10 +501,10 @@ def batch_norm_inference(
 ) -> Tensor:  # fmt: skip
     y = torch.empty_like(x)
     if x.numel():
-        tiling = Tiling(x, y, residual)
+        tiling = Tiling(x, residual)
         tiling.launch(
             normalise_kernel, tiling.x, _vector(weight), _vector(bias), *tiling.others, y, _vector(mean), _vector(var),
-            None, None, None, None, None, None, 0.0, *tiling.sizes, 0, *tiling.tiles, *tiling.strides, 0, 0,
+            None, None, None, None, None, None, 0.0, 0.0, *tiling.sizes, 0, *tiling.tiles, *tiling.strides, 0, 0,
             EPS=eps, ACTIVATION=activation, TRAINING=False, MERGE=tiling.merge,
         )  # fmt: skip
     return y
@@ -487,13 +519,11 @@ def batch_norm_backward(
     dx, dw, db, dresidual = (empty(t) if wanted else None for t, wanted in zip((x, like, like, x), mask, strict=True))
     if x.numel() == 0 or not any(mask):
         return dx, dw, db, dresidual
-    like_x = torch.empty_like(x)
-    tiling = Tiling(x, like_x, dy)
+    tiling = Tiling(x, dy)
     x, g = tiling.x, tiling.others[0]
     of_x, of_g, of_y = (tiling.strides[i : i + 3] for i in (0, 3, 6))
-    if y is not None and y.stride() != like_x.stride():  # y shares its strides with the outputs
-        y = like_x.copy_(y)
     recompute = activation is not None and bias is not None
+    y = None if y is None or recompute else tiling.laid_out(y)  # it shares the strides of the outputs
     vectors = _vector(weight), _vector(bias), _vector(mean), _vector(rstd_or_var)
     constants = {"EPS": eps, "TRAINING": training}
     sums, dots, parts = None, None, 0
@@ -522,7 +552,7 @@ def explain(name: str, *args: Any) -> str:
         "batch_norm_inference": "normalise_kernel",
         "batch_norm_backward": "reduce_kernel, gradient_kernel",
     }
-    view = View.of(torch.empty_like(x))
+    view = View.of(torch.empty_like(x, device="meta"))
     sizes = view.R, view.C, view.S
     chosen = config.written(tile_config(x.device, x.dtype, *sizes))
     return f"{kernels[name]}, {chosen}, {tile_config.source(x.device, x.dtype, *sizes)}"
