@@ -66,6 +66,14 @@ def tile_config(target: Target, dtype: torch.dtype, C: int, whole: bool, along_c
     return {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": min(max(rows * block // 1024, 4), 32)}
 
 
+@config.choice("cross_entropy.prob")
+def prob_config(target: Target, dtype: torch.dtype, C: int, along_classes: bool) -> Config:
+    """The tile of the forward kernel for probabilities, which goes over the classes in steps and keeps four sums a lane."""
+    if target.interpreted or not along_classes or C <= 1024:
+        return tile_config.static(target, dtype, C, C <= WHOLE, along_classes)
+    return {"BLOCK_R": 1, "BLOCK_C": 2048, "num_warps": 4}
+
+
 @config.choice("cross_entropy.slices")
 def slices_config(target: Target, dtype: torch.dtype, R: int, C: int) -> Config:
     """Few rows, many classes: each row is divided among SLICES programs."""
@@ -665,7 +673,7 @@ def cross_entropy_prob(
     rows = N * L
     loss = x.new_empty(_loss_shape(x, reduction), dtype=dtype if wide else narrow)
     statistics = x.new_empty((3, rows if save == STATISTICS else 0), dtype=dtype)
-    chosen = tile_config(x.device, x.dtype, C, C <= WHOLE, _along_classes(planes))
+    chosen = prob_config(x.device, x.dtype, C, _along_classes(planes))
     blocks = cdiv(L, chosen["BLOCK_R"])
     programs = N * blocks
     partial = x.new_empty((2, programs if reduction else 0), dtype=dtype)
@@ -717,9 +725,11 @@ def explain(name: str, *args: Any) -> str:
     x = args[1] if name.endswith("backward") else args[0]
     planes = _planes(x)[0]
     C, along_classes = planes.shape[1], _along_classes(planes)
-    if name.endswith("backward"):
-        chosen, choice, kernel = _backward_tile(x, planes, C <= WHOLE)[0], tile_config, f"{name}_kernel"
+    if name == "cross_entropy_prob":
+        choice, sizes = prob_config, (C, along_classes)
+    elif C > WHOLE and name.endswith("backward"):
+        choice, sizes = backward_config, (C, along_classes)
     else:
-        chosen, choice, kernel = tile_config(x.device, x.dtype, C, C <= WHOLE, along_classes), tile_config, f"{name}_kernel"
-    source = choice.source(x.device, x.dtype, C, C <= WHOLE, along_classes)
-    return f"{kernel}, {config.written(chosen)}, {source}"
+        choice, sizes = tile_config, (C, C <= WHOLE, along_classes)
+    chosen = config.written(choice(x.device, x.dtype, *sizes))
+    return f"{name}_kernel, {chosen}, {choice.source(x.device, x.dtype, *sizes)}"
