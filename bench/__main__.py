@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -168,8 +166,7 @@ def do_verify(args: argparse.Namespace) -> int:
     found, absent = verify.verify(pairs, ops, rows, args.device, args.sample, progress=bar)
     print(verify.text(found, absent, summary.table, args.device))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "verify.jsonl").write_text("".join(json.dumps(asdict(f)) + "\n" for f in found))
+        verify.save(args.out / "verify.json", found, absent, args.device)
     if any(f.outcome == verify.WRONG and f.provider.startswith("dlaccel") for f in found):
         return INCORRECT
     return OK if found else NOTHING
@@ -274,7 +271,7 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
     many(sub, "op", "provider")
     sub.add_argument("--row", action="append", default=[], help=f"one of: {', '.join(verify.ROWS)}")
     sub.add_argument("--sample", help="one sample by name")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/verify.jsonl, which report shows")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/verify.json, which report shows")
     sub.add_argument("--backend", choices=("torch", "triton"), help="of dlaccel; default: both")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 

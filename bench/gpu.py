@@ -2,7 +2,7 @@
 
 Each step takes at most `--budget` seconds (default 540), does the units that matter most first, and continues where the last
 call stopped: a unit that succeeded on this commit is not run again, and `bench run` resumes row by row. Results lie in
-bench/results/<device>/, to be committed: bench.jsonl, claims.jsonl, verify.jsonl, and steps.jsonl, which says how each unit
+bench/results/<device>/, to be committed: bench.jsonl, claims.jsonl, verify.json, and steps.jsonl, which says how each unit
 ended.
 """
 

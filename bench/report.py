@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -143,13 +142,6 @@ def claims(out: Path) -> tuple[str, list[str]]:
         return "", [str(error)]
 
 
-def conformance(out: Path) -> tuple[list[str], list[tuple[str, list[str]]], list[verify.Finding]]:
-    """Providers, lines of the table and what was wrong, of the last `verify --out`."""
-    path = out / "verify.jsonl"
-    found = [verify.Finding(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-    return (*verify.grid(found), [f for f in found if f.outcome == verify.WRONG])
-
-
 def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
     """Writes report.html and figures/ into `out`. Raises ImportError without jinja2."""
     from jinja2 import Environment, FileSystemLoader
@@ -160,13 +152,16 @@ def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
     for row in rows:
         groups.setdefault(row.gpu or row.cpu, []).append(row)
     here = [machine(name, found, folder, f"m{i}-") for i, (name, found) in enumerate(sorted(groups.items()))]
-    others = [machine(f"{name} (recorded)", found, folder, f"{name}-") for name, found in recorded().items()]
+    others = [machine(f"{name} (recorded)", kept, folder, f"{name}-") for name, kept in recorded().items()]
     claim_section, bad = claims(out)
-    providers, lines, wrong = conformance(out)
+    found, absent, made_on = verify.read(out / "verify.json")
+    providers, lines = verify.grid(found)
+    wrong = [f for f in found if f.outcome == verify.WRONG]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     page = environment.get_template("report.html").render(
         machines=here, recorded=others, headers=summary.HEADERS, problems=[*problems, *bad], loss=summary.LOSS,
         claims=claim_section, figure_problem=figures.problem(), providers=providers, lines=lines, wrong=wrong,
+        absent=absent, made_on=made_on,
     )  # fmt: skip
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")

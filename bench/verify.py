@@ -306,17 +306,35 @@ def grid(found: Sequence[Finding]) -> tuple[list[str], list[tuple[str, list[str]
     return providers, [(label, [cells.get((label, p), ABSENT) for p in providers]) for label in labels]
 
 
+def made_on(device: str) -> str:
+    """On what a table was made."""
+    where = results.provenance(device, threads=1, clock="", precision="ieee", seed=0)
+    how = where["gpu"] or f"{where['cpu']}, Triton kernels interpreted"
+    return f"Made on: {how}; torch {where['torch']}, triton {where['triton'] or 'absent'}, {results.now()[:10]}."
+
+
 def text(found: Sequence[Finding], absent: dict[str, str], table: Callable[..., str], device: str) -> str:
     """The table rows x providers, then each wrong one with its reason and how to reproduce it."""
     providers, lines = grid(found)
-    where = results.provenance(device, threads=1, clock="", precision="ieee", seed=0)
-    how = where["gpu"] or f"{where['cpu']}, Triton kernels interpreted"
     parts = [f"{label} is not in the table: {reason}" for label, reason in absent.items()]
     for f in found:
         if f.outcome == WRONG:
             parts.append(f"{f.provider}, {_label(f)} ({f.sample}): {f.reason}\n    {f.reproduce()}")
-    made_on = f"Made on: {how}; torch {where['torch']}, triton {where['triton'] or 'absent'}."
-    return "\n\n".join([table(("", *providers), [(label, *outcomes) for label, outcomes in lines]), made_on, "\n".join(parts)])
+    shown = table(("", *providers), [(label, *outcomes) for label, outcomes in lines])
+    return "\n\n".join([shown, made_on(device), "\n".join(parts)])
+
+
+def save(path: Path, found: Sequence[Finding], absent: dict[str, str], device: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"made_on": made_on(device), "absent": absent, "findings": [asdict(f) for f in found]}))
+
+
+def read(path: Path) -> tuple[list[Finding], dict[str, str], str]:
+    """Findings, absent providers and on what they were made, as `save` wrote them; nothing where there is no file."""
+    if not path.exists():
+        return [], {}, ""
+    saved = json.loads(path.read_text())
+    return [Finding(**f) for f in saved["findings"]], saved["absent"], saved["made_on"]
 
 
 def _label(f: Finding) -> str:

@@ -524,7 +524,7 @@ def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.Ca
             file.write(row)
     (tmp_path / "bench.jsonl").open("a").write('{"half": ')
     finding = verify.Finding("toy", "double backward", "no bias", "attorch", verify.WRONG, "second derivative 3: error")
-    (tmp_path / "verify.jsonl").write_text(json.dumps(asdict(finding)))
+    verify.save(tmp_path / "verify.json", [finding], {"quack": "no GPU here"}, "cpu")
     claim = ClaimRow(
         claim=3, id="H8", quantity="copy", status="projected", value=12.5, unit="GB/s", device="D", source="S", formula="a / b"
     )
@@ -535,7 +535,7 @@ def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.Ca
     for shown in (
         "toy/slow &lt;b&gt;", "output: error 3", "bench.jsonl:4: not complete JSON", "claims.jsonl:2: ", "0123456789ab",
             "2026-01-02", "0.50",
-        "second derivative 3: error", "--provider attorch", "12.5", "projected",
+        "second derivative 3: error", "--provider attorch", "no GPU here", "Made on: ", "12.5", "projected",
     ):  # fmt: skip
         assert shown in page, shown
     if figures.problem() is None:
