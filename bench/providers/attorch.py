@@ -57,6 +57,7 @@ def implementation(case: Case) -> Function:
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     from attorch.linear_layer import LinearAutoGrad
 
+    need(x.dim() >= 2, "takes batches only")
     y: Tensor = LinearAutoGrad.apply(x, weight.t(), bias, "relu")
     return y
 
@@ -76,6 +77,7 @@ def cross_entropy(
     from attorch.cross_entropy_loss_layer import CrossEntropyLossAutoGrad
 
     options = reduction == "mean" and label_smoothing == 0 and num_items is None and size_average is None and reduce is None
+    need(input.dim() == 2, "takes (N, C) only")
     need(options and not target.is_floating_point(), "has the mean over class indices only")
     loss: Tensor = CrossEntropyLossAutoGrad.apply(input, target, weight)
     return loss
