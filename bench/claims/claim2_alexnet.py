@@ -135,8 +135,16 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
     yield from _projections(book)
     yield book.not_measured("H4", "the bars of the chart", "their values were not recovered", hardware="gpu")
     machines = lab.machines(device)
+    cpu: Row | None = None
     for index, on in enumerate(machines):
-        yield from _train(book, on, preset, lambda note, done: progress(note, (index + done) / len(machines)))
+        for row in _train(book, on, preset, lambda note, done: progress(note, (index + done) / len(machines))):
+            if PLAIN.name in row.quantity and row.unit == "images/s":
+                if cpu is not None:
+                    row = replace(
+                        row, baseline=lab.baseline(cpu, f"this CPU: {cpu.quantity}, threads: {cpu.environment['threads']}")
+                    )
+                cpu = cpu or row
+            yield row
     if device != "cuda":
         yield book.no_gpu("H4", f"AlexNet, {ITERATIONS} iterations of {GPU_BATCH} images on a GPU, fp32, tf32 and bf16")
 

@@ -56,7 +56,7 @@ def run(preset: str, device: str, progress: lab.Progress) -> Iterator[Row]:
     book, on = lab.Notebook(CLAIM, preset), lab.machine(device)
     with on.active():
         progress("polar coordinates", 0)
-        yield from _polar(book, on)
+        yield from _polar(book, lab.machine("cpu"))
         if reason := data.why_missing("mnist5k"):
             yield book.not_measured("A4", "representations of digits, layer by layer", reason)
             return

@@ -33,7 +33,7 @@ def figure(path: Path, width: float = 8, height: float = 3.5, **subplots: Any) -
 
     fig, axes = plt.subplots(figsize=(width, height), layout="constrained", **subplots)
     yield fig, axes
-    fig.savefig(path, dpi=90)
+    fig.savefig(path, dpi=80)
     plt.close(fig)
 
 
@@ -62,7 +62,7 @@ def bars(rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = Fal
         ax.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7)
         if log:
             ax.set_xscale("log")
-        ax.margins(x=0.18)
+        ax.margins(x=0.25)
         ax.set_xlabel(unit)
         ax.set_title(title, fontsize=11)
         kinds = [kind for kind in STYLE if any(row.status == kind for row in rows)]
