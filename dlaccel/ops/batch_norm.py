@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlaccel.backend import choose
 from dlaccel.fallback.batch_norm import gate, statistics_dtype
+from dlaccel.ops._autograd import transformed
 from dlaccel.ops._common import FLOATS, described, total
-from dlaccel.ops._register import Op
+from dlaccel.ops._register import REGISTRY, Op
 
 ACTIVATIONS = (None, "relu", "relu6")
 VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -138,9 +140,15 @@ def jvp(
 
 def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     *rest, eps, activation = ctx.options  # training has momentum, inference has not
+    x, weight, bias, mean, rstd_or_var, y = ctx.saved_tensors
+    if activation is not None and choose(REGISTRY["batch_norm_backward"], (dy, x)) == "torch":
+        dy = gate(dy, y, activation)
+        bias = y = activation = None
+        if not transformed():  # as in aten's graph, where y is freed before dx takes its place
+            ctx.maybe_clear_saved_tensors()
     # Without activation the residual's gradient is dy itself, and an operator must not return its argument.
     mask = [*ctx.wanted[:3], ctx.wanted[3] and activation is not None]
-    *gradients, dresidual = backward_op(dy, *ctx.saved_tensors, bool(rest), eps, activation, mask)
+    *gradients, dresidual = backward_op(dy, x, weight, bias, mean, rstd_or_var, y, bool(rest), eps, activation, mask)
     return *gradients, dy if activation is None and ctx.wanted[3] else dresidual
 
 
