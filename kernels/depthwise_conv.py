@@ -1,0 +1,470 @@
+"""Depthwise convolution: forward, input gradient (dgrad), weight gradient (wgrad).
+
+    y[n, o, i, j]        = b[o] + sum over kh, kw of x[n, o // m, i SH - PH + kh DH, j SW - PW + kw DW] w[o, kh, kw]
+    dx[n, c, h, w]       = sum over o // m = c and the taps with h + PH - kh DH = i SH, w + PW - kw DW = j SW
+                           of dy[n, o, i, j] w[o, kh, kw]
+    dw[o, kh, kw]        = sum over n, i, j of dy[n, o, i, j] x[n, o // m, i SH - PH + kh DH, j SW - PW + kw DW]
+
+Shapes: x (N, C, H, W), w (C m, 1, KH, KW), y (N, C m, OH, OW); any strides. Saved for backward: x, w. Least traffic: x + y
+for each of the three. FLOPs of each: 2 N C m OH OW KH KW.
+
+**One kernel for both memory formats.** A program owns a tile of ROWS x LANES, whose lanes lie next to each other in memory,
+and slides along the third axis: every element of the input that the tile needs is loaded once per filter line and multiplied
+into all T results that use it, in registers. In channels_last the lanes are channels, the rows are image rows of all images,
+and the tile slides along W. In contiguous tensors the lanes are columns, the rows are planes (n, c), and the tile slides
+along H. So the kernels know two spatial axes only by their role: `a`, across, which the tile covers, and `s`, along which it
+slides.
+
+Taps along `s` are unrolled, lines of taps along `a` are a loop. That loop must not be pipelined (num_stages=1): every tap's
+load would get a buffer in shared memory. Kernels without reuse along `s` (long, or dilated by more than a tile) run with
+TAPS=1: both loops at run time.
+
+dgrad is polyphase: with stride S only every S-th tap meets a gradient. Along `s` the phases are unrolled: T groups of S
+results. Across, each lane or row finds its own first tap and steps by the period, so that nothing is multiplied in vain and
+stores stay contiguous. Stride 1 is the case of one phase.
+
+wgrad holds one accumulator per tap, adds up its share of the images and writes partial sums, which are added in a fixed
+order: bitwise deterministic, one read of x and dy.
+
+Masked taps multiply 0 by the weight: where a weight is inf or NaN, results near the border are NaN where torch skips the
+tap.
+
+Sources: the two reuse ideas are those of CUTLASS example 46 (sliding in registers) and of two-stage split sums; polyphase
+transposed convolution is textbook signal processing.
+"""
+
+# ruff: noqa: RUF005  (Triton concatenates tuples, it does not unpack them)
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dlaccel.memory_format import empty, suggests_channels_last
+
+from . import config
+from .config import Config, Target, power_of_two
+from .launch import launch
+
+Ints = Sequence[int]
+
+UNROLLED_TAPS = 9  # longer filters loop over their taps
+ACCUMULATORS = 49  # taps of one wgrad program
+WAVES = 4  # wgrad programs per multiprocessor
+
+
+def _slides(size: int, most: int) -> int:
+    """How many results along `s` one program makes: few left over, then many."""
+    return min((t for t in (8, 7, 4) if t <= most), key=lambda t: (triton.cdiv(size, t) * t, -t))
+
+
+@config.choice("depthwise_conv.forward")
+def forward_config(
+    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, along: int, taps: int
+) -> Config:
+    """channels, across, along: sizes of the output; taps: of a line along `s`."""
+    if target.interpreted:
+        return {"ROWS": 16, "LANES": 16, "T": 4}
+    if channels_last:
+        return {"ROWS": 16, "LANES": power_of_two(channels, 16, 64), "T": _slides(along, 7), "num_warps": 4}
+    lanes = power_of_two(across, 8, 64)
+    return {"ROWS": 256 // lanes, "LANES": lanes, "T": _slides(along, 8), "num_warps": 4}
+
+
+@config.choice("depthwise_conv.dgrad")
+def dgrad_config(
+    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, along: int, taps: int, stride: int
+) -> Config:
+    """channels, across, along: sizes of dx; a program makes T * stride results along `s`."""
+    if target.interpreted:
+        return {"ROWS": 16, "LANES": 16, "T": 4 if stride == 1 else 2}
+    if channels_last:
+        t = _slides(along, 7) if stride == 1 else 2
+        return {"ROWS": 16, "LANES": power_of_two(channels, 16, 64), "T": t, "num_warps": 4}
+    lanes = power_of_two(across, 8, 64)
+    return {"ROWS": 256 // lanes, "LANES": lanes, "T": _slides(along, 8) if stride == 1 else 4, "num_warps": 4}
+
+
+@config.choice("depthwise_conv.wgrad")
+def wgrad_config(target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, taps: int) -> Config:
+    """across: of dy; taps: accumulators of a program."""
+    if target.interpreted:
+        return {"ROWS": 8, "LANES": 16, "T": 4}
+    elements = (1024 if taps <= 9 else 512 if taps <= 25 else 256) if channels_last else (512 if taps <= 9 else 256)
+    lanes = power_of_two(channels if channels_last else across, 8, 64)
+    return {"ROWS": elements // lanes, "LANES": lanes, "T": 4 if taps <= 25 else 2, "num_warps": 4}
+
+
+@triton.jit
+def tile_of_program(
+    images, channels, across, along,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """(image, channel, position across, first position along, mask) of this program's tile.
+
+    The first three have the shape (ROWS, 1) or (1, LANES). Neighbouring programs work on neighbouring memory.
+    """
+    lane_blocks = tl.cdiv(channels, LANES) if CHANNELS_LAST else tl.cdiv(across, LANES)
+    segments = tl.cdiv(along, T)
+    program = tl.program_id(0)
+    lanes = (program % lane_blocks * LANES + tl.arange(0, LANES))[None, :]
+    start = program // lane_blocks % segments * T
+    rows = (program // lane_blocks // segments * ROWS + tl.arange(0, ROWS))[:, None]
+    if CHANNELS_LAST:
+        return rows // across, lanes, rows % across, start, (rows < images * across) & (lanes < channels)
+    else:
+        return rows // channels, rows % channels, lanes, start, (rows < images * channels) & (lanes < across)
+
+
+@triton.jit
+def load_along(line, position, size, stride, mask, zero, ACCUMULATOR: tl.constexpr):
+    """The tile's elements at a scalar position along `s`. `zero`: a block of zeros, which makes the comparison a block."""
+    inside = (position + zero >= 0) & (position + zero < size)
+    return tl.load(line + position.to(tl.int64) * stride, mask=mask & inside, other=0.0).to(ACCUMULATOR)
+
+
+@triton.jit
+def forward_line(
+    acc, x_line, w_line, start, along, stride_xs, stride_ws, mask, w_mask, zero,
+    TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """Adds one line of taps: every element along `s` is loaded once and goes to all results that use it."""
+    taps = ()
+    for k in tl.static_range(TAPS):
+        taps = taps + (tl.load(w_line + k * stride_ws, mask=w_mask, other=0.0).to(ACCUMULATOR),)
+    for j in tl.static_range((T - 1) * STRIDE + (TAPS - 1) * DILATION + 1):
+        value = load_along(x_line, start + j, along, stride_xs, mask, zero, ACCUMULATOR)
+        added = ()
+        for t in tl.static_range(T):
+            if j - t * STRIDE >= 0 and (j - t * STRIDE) % DILATION == 0 and j - t * STRIDE < TAPS * DILATION:
+                added = added + (acc[t] + value * taps[(j - t * STRIDE) // DILATION],)
+            else:
+                added = added + (acc[t],)
+        acc = added
+    return acc
+
+
+@triton.jit
+def depthwise_forward_kernel(
+    x, w, b, y, images, channels, x_across, x_along, across, along,
+    stride_xn, stride_xc, stride_xa, stride_xs, stride_yn, stride_yc, stride_ya, stride_ys,
+    stride_wc, stride_wa, stride_ws, stride_b,
+    KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
+    PAD_A: tl.constexpr, PAD_S: tl.constexpr, DILATION_A: tl.constexpr, DILATION_S: tl.constexpr,
+    MULTIPLIER: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    n, o, a, start, inside = tile_of_program(images, channels, across, along, CHANNELS_LAST, ROWS, LANES, T)
+    zero = tl.zeros((ROWS, 1), dtype=tl.int32)
+    acc = ()
+    for _ in tl.static_range(T):
+        acc = acc + (tl.zeros((ROWS, LANES), dtype=ACCUMULATOR),)
+    image = x + n.to(tl.int64) * stride_xn + (o // MULTIPLIER).to(tl.int64) * stride_xc
+    w_mask = o < channels
+    for i in tl.range(0, KA * (KS // TAPS), num_stages=1):
+        ka, ks = i // (KS // TAPS), i % (KS // TAPS) * TAPS
+        xa = a * STRIDE_A - PAD_A + ka * DILATION_A
+        acc = forward_line(
+            acc, image + xa.to(tl.int64) * stride_xa, w + o.to(tl.int64) * stride_wc + ka * stride_wa + ks * stride_ws,
+            start * STRIDE_S - PAD_S + ks * DILATION_S, x_along, stride_xs, stride_ws,
+            inside & (xa >= 0) & (xa < x_across), w_mask, zero, TAPS, STRIDE_S, DILATION_S, T, ACCUMULATOR,
+        )  # fmt: skip
+    line = y + n.to(tl.int64) * stride_yn + o.to(tl.int64) * stride_yc + a.to(tl.int64) * stride_ya
+    if HAS_BIAS:
+        bias = tl.load(b + o.to(tl.int64) * stride_b, mask=w_mask, other=0.0).to(ACCUMULATOR)
+    for t in tl.static_range(T):
+        result = acc[t] + bias if HAS_BIAS else acc[t]
+        mask = inside & (start + t + zero < along)
+        tl.store(line + (start + t).to(tl.int64) * stride_ys, result.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dgrad_line(
+    acc, dy_line, w_line, group, along, stride_dys, stride_ws, mask, w_mask, zero,
+    KS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, T: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """Adds one line of taps to T groups of STRIDE results. Result u meets dy's element e, both counted from the first group's,
+    with tap (u + PAD - e STRIDE) / DILATION where that is one."""
+    taps = ()
+    for k in tl.static_range(KS):
+        taps = taps + (tl.load(w_line + k * stride_ws, mask=w_mask, other=0.0).to(ACCUMULATOR),)
+    for e in tl.static_range((PAD - (KS - 1) * DILATION) // STRIDE, (PAD + T * STRIDE - 1) // STRIDE + 1):
+        value = load_along(dy_line, group + e, along, stride_dys, mask, zero, ACCUMULATOR)
+        added = ()
+        for u in tl.static_range(T * STRIDE):
+            if u + PAD - e * STRIDE >= 0 and (u + PAD - e * STRIDE) % DILATION == 0 and u + PAD - e * STRIDE < KS * DILATION:
+                added = added + (acc[u] + value * taps[(u + PAD - e * STRIDE) // DILATION],)
+            else:
+                added = added + (acc[u],)
+        acc = added
+    return acc
+
+
+@triton.jit
+def dgrad_tap(
+    acc, dy_line, w_tap, first, along, stride_dys, mask, w_mask, zero,
+    STRIDE: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """Adds one tap to T * STRIDE results; result u meets dy's element (first + u) / STRIDE where that is whole."""
+    tap = tl.load(w_tap, mask=w_mask, other=0.0).to(ACCUMULATOR)
+    added = ()
+    for u in tl.static_range(T * STRIDE):
+        whole = (first + u + zero) % STRIDE == 0
+        value = load_along(dy_line, (first + u) // STRIDE, along, stride_dys, mask & whole, zero, ACCUMULATOR)
+        added = added + (acc[u] + value * tap,)
+    return added
+
+
+@triton.jit
+def depthwise_dgrad_kernel(
+    dy, w, dx, images, channels, across, along, dy_across, dy_along,
+    stride_dyn, stride_dyc, stride_dya, stride_dys, stride_dxn, stride_dxc, stride_dxa, stride_dxs,
+    stride_wc, stride_wa, stride_ws,
+    KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
+    PAD_A: tl.constexpr, PAD_S: tl.constexpr, DILATION_A: tl.constexpr, DILATION_S: tl.constexpr,
+    MULTIPLIER: tl.constexpr, TAPS: tl.constexpr, PERIOD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """PERIOD: STRIDE_A / gcd(STRIDE_A, DILATION_A), after which the phases of taps across repeat."""
+    n, c, a, start, inside = tile_of_program(images, channels, across, along, CHANNELS_LAST, ROWS, LANES, T * STRIDE_S)
+    zero = tl.zeros((ROWS, 1), dtype=tl.int32)
+    acc = ()
+    for _ in tl.static_range(T * STRIDE_S):
+        acc = acc + (tl.zeros((ROWS, LANES), dtype=ACCUMULATOR),)
+    if STRIDE_A == 1:
+        first = 0
+    else:  # the first tap that meets a gradient; none: KA
+        first = a * 0 + KA
+        for k in tl.static_range(PERIOD - 1, -1, -1):
+            first = tl.where((a + PAD_A + (STRIDE_A - 1) * DILATION_A * k) % STRIDE_A == 0, k, first)
+    STEPS: tl.constexpr = (KA + PERIOD - 1) // PERIOD
+    for i in tl.range(0, MULTIPLIER * STEPS * (KS // TAPS), num_stages=1):
+        o = c if MULTIPLIER == 1 else c * MULTIPLIER + i // (STEPS * (KS // TAPS))
+        ka = first + i // (KS // TAPS) % STEPS * PERIOD
+        dya = (a + PAD_A - ka * DILATION_A) // STRIDE_A
+        dy_line = dy + n.to(tl.int64) * stride_dyn + o.to(tl.int64) * stride_dyc + dya.to(tl.int64) * stride_dya
+        w_line = w + o.to(tl.int64) * stride_wc + ka * stride_wa
+        w_mask = (c < channels) & (ka < KA)
+        mask = inside & (ka < KA) & (a + PAD_A >= ka * DILATION_A) & (dya < dy_across)
+        if TAPS == KS:
+            acc = dgrad_line(
+                acc, dy_line, w_line, start // STRIDE_S, dy_along, stride_dys, stride_ws, mask, w_mask, zero,
+                KS, STRIDE_S, PAD_S, DILATION_S, T, ACCUMULATOR,
+            )  # fmt: skip
+        else:
+            ks = i % KS
+            acc = dgrad_tap(
+                acc, dy_line, w_line + ks * stride_ws, start + PAD_S - ks * DILATION_S, dy_along, stride_dys,
+                mask, w_mask, zero, STRIDE_S, T, ACCUMULATOR,
+            )  # fmt: skip
+    line = dx + n.to(tl.int64) * stride_dxn + c.to(tl.int64) * stride_dxc + a.to(tl.int64) * stride_dxa
+    for u in tl.static_range(T * STRIDE_S):
+        mask = inside & (start + u + zero < along)
+        tl.store(line + (start + u).to(tl.int64) * stride_dxs, acc[u].to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def depthwise_wgrad_kernel(
+    dy, x, partial, images, channels, across, along, x_across, x_along, steps_per_split,
+    stride_dyn, stride_dyc, stride_dya, stride_dys, stride_xn, stride_xc, stride_xa, stride_xs,
+    KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
+    PAD_A: tl.constexpr, PAD_S: tl.constexpr, DILATION_A: tl.constexpr, DILATION_S: tl.constexpr,
+    MULTIPLIER: tl.constexpr, TAPS_A: tl.constexpr, TAPS_S: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of TAPS_A x TAPS_S taps of one block of channels, over this split's share of the positions.
+
+    grid (blocks of channels, groups of taps, splits); partial (splits, KA * KS, channels).
+    """
+    CHANNELS: tl.constexpr = LANES if CHANNELS_LAST else ROWS
+    block = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    ka0 = tl.program_id(1) // (KS // TAPS_S) * TAPS_A
+    ks0 = tl.program_id(1) % (KS // TAPS_S) * TAPS_S
+    split = tl.program_id(2)
+    zero = tl.zeros((ROWS, 1), dtype=tl.int32)
+    acc = ()
+    for _ in tl.static_range(TAPS_A * TAPS_S):
+        acc = acc + (tl.zeros((ROWS, LANES), dtype=ACCUMULATOR),)
+    segments = tl.cdiv(along, T)
+    lane_blocks = 1 if CHANNELS_LAST else tl.cdiv(across, LANES)
+    steps = (tl.cdiv(images * across, ROWS) if CHANNELS_LAST else images * lane_blocks) * segments
+    for step in tl.range(split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps), num_stages=1):
+        start = step % segments * T
+        if CHANNELS_LAST:
+            rows = (step // segments * ROWS + tl.arange(0, ROWS))[:, None]
+            n, o, a = rows // across, block[None, :], rows % across
+            inside = (rows < images * across) & (o < channels)
+        else:
+            n, o = step // segments // lane_blocks, block[:, None]
+            a = (step // segments % lane_blocks * LANES + tl.arange(0, LANES))[None, :]
+            inside = (o < channels) & (a < across)
+        dy_line = dy + n.to(tl.int64) * stride_dyn + o.to(tl.int64) * stride_dyc + a.to(tl.int64) * stride_dya
+        image = x + n.to(tl.int64) * stride_xn + (o // MULTIPLIER).to(tl.int64) * stride_xc
+        gradients = ()
+        for t in tl.static_range(T):
+            gradients = gradients + (load_along(dy_line, start + t, along, stride_dys, inside, zero, ACCUMULATOR),)
+        for p in tl.static_range(TAPS_A):
+            xa = a * STRIDE_A - PAD_A + (ka0 + p) * DILATION_A
+            x_line = image + xa.to(tl.int64) * stride_xa
+            mask = inside & (xa >= 0) & (xa < x_across)
+            for j in tl.static_range((T - 1) * STRIDE_S + (TAPS_S - 1) * DILATION_S + 1):
+                position = start * STRIDE_S - PAD_S + ks0 * DILATION_S + j
+                value = load_along(x_line, position, x_along, stride_xs, mask, zero, ACCUMULATOR)
+                added = ()
+                for i in tl.static_range(TAPS_A * TAPS_S):
+                    if (
+                        i // TAPS_S == p
+                        and j - i % TAPS_S * DILATION_S >= 0
+                        and (j - i % TAPS_S * DILATION_S) % STRIDE_S == 0
+                        and j - i % TAPS_S * DILATION_S < T * STRIDE_S
+                    ):
+                        added = added + (acc[i] + value * gradients[(j - i % TAPS_S * DILATION_S) // STRIDE_S],)
+                    else:
+                        added = added + (acc[i],)
+                acc = added
+    for i in tl.static_range(TAPS_A * TAPS_S):
+        tap = (ka0 + i // TAPS_S) * KS + ks0 + i % TAPS_S
+        total = tl.sum(acc[i], axis=0 if CHANNELS_LAST else 1)
+        tl.store(partial + (split.to(tl.int64) * KA * KS + tap) * channels + block, total, mask=block < channels)
+
+
+def _accumulator(t: Tensor) -> Any:
+    return tl.float64 if t.dtype == torch.float64 else tl.float32
+
+
+def _by_role(channels_last: bool, pair: Ints) -> tuple[int, int]:
+    """(across, along) of (height, width)."""
+    height, width = pair
+    return (height, width) if channels_last else (width, height)
+
+
+def _strides(t: Tensor, channels_last: bool) -> tuple[int, ...]:
+    n, c, *spatial = t.stride()
+    return (n, c, *_by_role(channels_last, spatial))
+
+
+def _geometry(channels_last: bool, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> dict[str, int]:
+    """The constants that all kernels share. Only the padding in front matters: sizes say the rest."""
+    pairs = {"K": kernel, "STRIDE_": stride, "PAD_": padding[::2], "DILATION_": dilation}
+    roles = {name: _by_role(channels_last, pair) for name, pair in pairs.items()}
+    return {name + role: value for name, values in roles.items() for role, value in zip("AS", values, strict=True)}
+
+
+def _unrolls(geometry: dict[str, int], results: int) -> bool:
+    """Whether neighbouring results share elements, and the taps along `s` are few enough to unroll."""
+    return geometry["KS"] <= UNROLLED_TAPS and (geometry["KS"] == 1 or geometry["DILATION_S"] < results)
+
+
+def _programs(shape: Ints, channels_last: bool, chosen: Config, results: int) -> int:
+    n, c, *spatial = shape
+    across, along = _by_role(channels_last, spatial)
+    rows, lanes = (n * across, c) if channels_last else (n * c, across)
+    return triton.cdiv(rows, chosen["ROWS"]) * triton.cdiv(lanes, chosen["LANES"]) * triton.cdiv(along, results)
+
+
+def _forward_choice(y_shape: Ints, channels_last: bool, geometry: dict[str, int]) -> tuple[int, ...]:
+    return (channels_last, y_shape[1], *_by_role(channels_last, y_shape[2:]), geometry["KS"])
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
+    kernel = weight.shape[2:]
+    size = [
+        (x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
+    y = empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
+    geometry = _geometry(channels_last, kernel, stride, padding, dilation)
+    chosen = forward_config(x.device, x.dtype, *_forward_choice(y.shape, channels_last, geometry))
+    taps = geometry["KS"] if _unrolls(geometry, (chosen["T"] - 1) * geometry["STRIDE_S"] + 1) else 1
+    launch(
+        depthwise_forward_kernel, (_programs(y.shape, channels_last, chosen, chosen["T"]),),
+        x, weight, bias, y, *y.shape[:2], *_by_role(channels_last, x.shape[2:]), *_by_role(channels_last, size),
+        *_strides(x, channels_last), *_strides(y, channels_last), *_weight_strides(weight, channels_last),
+        1 if bias is None else bias.stride(0),
+        **geometry, MULTIPLIER=weight.shape[0] // x.shape[1], TAPS=taps, HAS_BIAS=bias is not None,
+        CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(x), **chosen,
+    )  # fmt: skip
+    return y
+
+
+def _weight_strides(weight: Tensor, channels_last: bool) -> tuple[int, ...]:
+    return (weight.stride(0), *_by_role(channels_last, weight.stride()[2:]))
+
+
+def depthwise_conv2d_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    shape: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    channels_last: bool,
+) -> Tensor:
+    dx = empty(dy, shape, channels_last)
+    geometry = _geometry(channels_last, weight.shape[2:], stride, padding, dilation)
+    across, along = _by_role(channels_last, dx.shape[2:])
+    step = geometry["STRIDE_S"]
+    chosen = dgrad_config(dy.device, dy.dtype, channels_last, dx.shape[1], across, along, geometry["KS"], step)
+    taps = geometry["KS"] if _unrolls(geometry, chosen["T"] * step) else 1
+    period = geometry["STRIDE_A"] // math.gcd(geometry["STRIDE_A"], geometry["DILATION_A"])
+    launch(
+        depthwise_dgrad_kernel, (_programs(dx.shape, channels_last, chosen, chosen["T"] * step),),
+        dy, weight, dx, *dx.shape[:2], across, along, *_by_role(channels_last, dy.shape[2:]),
+        *_strides(dy, channels_last), *_strides(dx, channels_last), *_weight_strides(weight, channels_last),
+        **geometry, MULTIPLIER=weight.shape[0] // dx.shape[1], TAPS=taps, PERIOD=period,
+        CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(dy), **chosen,
+    )  # fmt: skip
+    return dx
+
+
+def depthwise_conv2d_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    shape: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    channels_last: bool,
+) -> Tensor:
+    images, channels = dy.shape[:2]
+    geometry = _geometry(channels_last, shape[2:], stride, padding, dilation)
+    across, along = _by_role(channels_last, dy.shape[2:])
+    ka, ks = geometry["KA"], geometry["KS"]
+    taps_s = ks if ks <= ACCUMULATORS else 1
+    taps_a = ka if ka * taps_s <= ACCUMULATORS else 1
+    chosen = wgrad_config(dy.device, dy.dtype, channels_last, channels, across, taps_a * taps_s)
+    rows, lanes = chosen["ROWS"], chosen["LANES"]
+    blocks = triton.cdiv(channels, lanes if channels_last else rows)
+    groups = (ka // taps_a) * (ks // taps_s)
+    tiles = triton.cdiv(images * across, rows) if channels_last else images * triton.cdiv(across, lanes)
+    steps = tiles * triton.cdiv(along, chosen["T"])
+    splits = min(steps, triton.cdiv(WAVES * config.target_of(dy.device).sms, blocks * groups))
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    partial = dy.new_empty((splits, ka * ks, channels), dtype=wide)
+    launch(
+        depthwise_wgrad_kernel, (blocks, groups, splits),
+        dy, x, partial, images, channels, across, along, *_by_role(channels_last, x.shape[2:]),
+        triton.cdiv(steps, max(splits, 1)), *_strides(dy, channels_last), *_strides(x, channels_last),
+        **geometry, MULTIPLIER=channels // x.shape[1], TAPS_A=taps_a, TAPS_S=taps_s,
+        CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(dy), **chosen,
+    )  # fmt: skip
+    dw = empty(dy, shape, channels_last)
+    total = partial.sum(0).view(ka, ks, channels)
+    dw[:, 0].copy_(total.permute(2, 0, 1) if channels_last else total.permute(2, 1, 0))
+    return dw
+
+
+def explain(name: str, *args: Any) -> str:
+    first, other = args[:2]
+    if name == "depthwise_conv2d":
+        layout = "channels_last" if suggests_channels_last(first) or suggests_channels_last(other) else "contiguous"
+        return f"depthwise_forward_kernel, {layout}"
+    layout = "channels_last" if args[-1] else "contiguous"
+    return f"{name.replace('conv2d_', '')}_kernel, {layout}"

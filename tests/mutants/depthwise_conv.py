@@ -1,0 +1,111 @@
+"""Mutants of depthwise_conv1d and depthwise_conv2d."""
+
+from tests.mutants import Mutant
+
+TESTS = ("tests/test_depthwise_conv.py", "tests/test_contract.py -k depthwise_conv2d")
+
+KERNELS, FALLBACK, OPS = "kernels/depthwise_conv.py", "dlaccel/fallback/depthwise_conv.py", "dlaccel/ops/depthwise_conv.py"
+
+MUTANTS = [
+    Mutant(
+        "row mask one too wide",
+        KERNELS,
+        "(rows < images * across) & (lanes < channels)\n    else:",
+        "(rows <= images * across) & (lanes < channels)\n    else:",
+    ),
+    Mutant(
+        "lane mask one too wide",
+        KERNELS,
+        "(rows < images * channels) & (lanes < across)",
+        "(rows < images * channels) & (lanes <= across)",
+    ),
+    Mutant(
+        "undefined lanes outside the image",
+        KERNELS,
+        "mask=mask & inside, other=0.0).to(ACCUMULATOR)",
+        "mask=mask & inside).to(ACCUMULATOR)",
+    ),
+    Mutant(
+        "padding in front read as image",
+        KERNELS,
+        "inside = (position + zero >= 0) & (position + zero < size)",
+        "inside = position + zero < size",
+    ),
+    Mutant("last element along skipped", KERNELS, "& (position + zero < size)", "& (position + zero < size - 1)"),
+    Mutant(
+        "stride of y taken from x",
+        KERNELS,
+        "line = y + n.to(tl.int64) * stride_yn",
+        "line = y + n.to(tl.int64) * stride_xn",
+    ),
+    Mutant(
+        "filters of a channel not next to each other",
+        KERNELS,
+        "(o // MULTIPLIER).to(tl.int64) * stride_xc\n    w_mask",
+        "(o % (channels // MULTIPLIER)).to(tl.int64) * stride_xc\n    w_mask",
+    ),
+    Mutant(
+        "dgrad: one filter of each channel",
+        KERNELS,
+        "for i in tl.range(0, MULTIPLIER * STEPS * (KS // TAPS), num_stages=1):",
+        "for i in tl.range(0, STEPS * (KS // TAPS), num_stages=1):",
+    ),
+    Mutant(
+        "dgrad: phase across off by one",
+        KERNELS,
+        "first = tl.where((a + PAD_A + (STRIDE_A - 1)",
+        "first = tl.where((a + 1 + PAD_A + (STRIDE_A - 1)",
+    ),
+    Mutant(
+        "wgrad: last step skipped",
+        KERNELS,
+        "tl.minimum((split + 1) * steps_per_split, steps), num_stages=1)",
+        "tl.minimum((split + 1) * steps_per_split, steps - 1), num_stages=1)",
+    ),
+    Mutant("stride of the bias ignored", KERNELS, "tl.load(b + o.to(tl.int64) * stride_b", "tl.load(b + o.to(tl.int64)"),
+    Mutant(
+        "accumulated in float16",
+        KERNELS,
+        "return tl.float64 if t.dtype == torch.float64 else tl.float32",
+        "return tl.float16",
+    ),
+    Mutant("int32 offsets along", KERNELS, "line + position.to(tl.int64) * stride, mask", "line + position * stride, mask"),
+    Mutant(
+        "fallback: padding of dgrad symmetric",
+        FALLBACK,
+        "after = [size[d] + padding[2 * d] - dy.shape[2 + d] for d in (0, 1)]",
+        "after = list(before)",
+    ),
+    Mutant("fallback: weights not flipped", FALLBACK, "_conv(dy, weight.flip(2, 3), None", "_conv(dy, weight, None"),
+    Mutant(
+        "fallback: stride and dilation not exchanged",
+        FALLBACK,
+        ".contiguous(), None, dilation, padding, stride, True)",
+        ".contiguous(), None, stride, padding, dilation, True)",
+    ),
+    Mutant(
+        "fallback: overwrites the incoming gradient",
+        FALLBACK,
+        "grid = empty(dy, (*dy.shape[:2], *size), channels_last).zero_()",
+        "grid = empty(dy, (*dy.shape[:2], *size), channels_last).zero_() + dy.zero_().sum()",
+    ),
+    Mutant("gradient of the bias lost", OPS, "dy.sum((0, 2, 3)) if ctx.wanted[2] else None", "None"),
+    Mutant(
+        "second derivative by the weight lost",
+        OPS,
+        "wgrad_op(dy, gdx, weight.shape, *options, channels_last) if ctx.wanted[1] else None",
+        "None",
+    ),
+    Mutant(
+        "fake: the format of the weight ignored",
+        OPS,
+        "suggests_channels_last(x) or suggests_channels_last(weight)\n    ),",
+        "suggests_channels_last(x)\n    ),",
+    ),
+    Mutant(
+        "padding='same': the odd element on the left",
+        OPS,
+        "totals[1] // 2, totals[1] - totals[1] // 2]",
+        "totals[1] - totals[1] // 2, totals[1] // 2]",
+    ),
+]
