@@ -12,8 +12,17 @@ from dlaccel.ops import batch_norm as _batch_norm
 from dlaccel.ops import cross_entropy as _cross_entropy
 from dlaccel.ops import depthwise_conv as _depthwise_conv
 from dlaccel.ops import linear_relu as _linear_relu
+from dlaccel.ops import separable_conv as _separable_conv
 
-__all__ = ["batch_norm", "cross_entropy", "depthwise_conv1d", "depthwise_conv2d", "linear_relu"]
+__all__ = [
+    "batch_norm",
+    "cross_entropy",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "depthwise_separable_block",
+    "linear_relu",
+    "separable_conv2d",
+]
 
 
 def batch_norm(
@@ -189,3 +198,96 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     >>> y = linear_relu(torch.randn(32, 784), torch.randn(512, 784), torch.zeros(512))
     """
     return _linear_relu.linear_relu(x, weight, bias)
+
+
+def separable_conv2d(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """A depthwise, then a 1x1 convolution, with nothing between: Keras's `SeparableConv2D`.
+
+    `conv2d(depthwise_conv2d(input, depthwise_weight, None, stride, padding, dilation), pointwise_weight, bias)`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), floating point, any strides.
+        depthwise_weight: (C * multiplier, 1, KH, KW).
+        pointwise_weight: (F, C * multiplier, 1, 1).
+        bias: (F,), added after the 1x1 convolution.
+        stride, padding, dilation: of the depthwise convolution, as in `depthwise_conv2d`.
+
+    Returns:
+        (N, F, OH, OW) or (F, OH, OW).
+
+    Raises:
+        RuntimeError: shapes do not match, dtypes or devices differ, or the kernel is larger than the padded input.
+
+    >>> y = separable_conv2d(torch.randn(2, 8, 28, 28), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1), padding=1)
+    """
+    return _separable_conv.separable_conv2d(input, depthwise_weight, pointwise_weight, bias, stride, padding, dilation)
+
+
+def depthwise_separable_block(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    bn1_weight: Tensor | None,
+    bn1_bias: Tensor | None,
+    bn1_running_mean: Tensor | None,
+    bn1_running_var: Tensor | None,
+    pointwise_weight: Tensor,
+    bn2_weight: Tensor | None,
+    bn2_bias: Tensor | None,
+    bn2_running_mean: Tensor | None,
+    bn2_running_var: Tensor | None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    *,
+    bn1_num_batches_tracked: Tensor | None = None,
+    bn2_num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """MobileNet's block: depthwise convolution, batch norm, activation, 1x1 convolution, batch norm, activation.
+
+    In training, batch norm and activation are one operator. In evaluation, where no gradient is wanted, the batch norms are
+    folded into the convolutions. Source: Howard et al., arXiv 1704.04861.
+
+    Args:
+        input: (N, C, H, W), floating point, any strides.
+        depthwise_weight: (C, 1, KH, KW); or (C * multiplier, 1, KH, KW), and then bn1 has that many channels.
+        pointwise_weight: (F, C * multiplier, 1, 1).
+        bn1_*, bn2_*: as in `batch_norm`; in training running_mean and running_var (or None) are updated.
+        stride, padding, dilation: of the depthwise convolution, as in `depthwise_conv2d`.
+        training, momentum, eps: of both batch norms, as in `batch_norm`.
+        activation: "relu" or "relu6".
+
+    Returns:
+        (N, F, OH, OW).
+
+    Raises:
+        RuntimeError: shapes do not match, dtypes or devices differ, or the kernel is larger than the padded input.
+        ValueError: activation is unknown, or training on one value per channel.
+
+    >>> y = depthwise_separable_block(x, dw, w1, b1, mean1, var1, pw, w2, b2, mean2, var2, training=True)
+    """
+    return _separable_conv.depthwise_separable_block(
+        input,
+        depthwise_weight,
+        (bn1_weight, bn1_bias, bn1_running_mean, bn1_running_var, bn1_num_batches_tracked),
+        pointwise_weight,
+        (bn2_weight, bn2_bias, bn2_running_mean, bn2_running_var, bn2_num_batches_tracked),
+        stride,
+        padding,
+        dilation,
+        training,
+        momentum,
+        eps,
+        activation,
+    )

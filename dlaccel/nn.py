@@ -18,7 +18,10 @@ __all__ = [
     "BatchNormReLU2d",
     "BatchNormReLU3d",
     "CrossEntropyLoss",
+    "DepthwiseConv2d",
+    "DepthwiseSeparableBlock",
     "LinearReLU",
+    "SeparableConv2d",
     "SyncBatchNorm",
 ]
 
@@ -209,3 +212,130 @@ class LinearReLU(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear_relu(input, self.weight, self.bias)
+
+
+_Size = int | tuple[int, int]
+
+
+class DepthwiseConv2d(torch.nn.Conv2d):
+    """`torch.nn.Conv2d` with groups = in_channels on `dlaccel.functional.depthwise_conv2d`; input (N, C, H, W) or (C, H, W).
+
+    Arguments and state_dict are those of `torch.nn.Conv2d`; `groups` may be left out, and raises ValueError if it is another
+    number than in_channels. out_channels is a multiple of in_channels.
+
+    >>> layer = DepthwiseConv2d(32, 32, 5, padding=2)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: str | _Size = 0,
+        dilation: _Size = 1,
+        groups: int | None = None,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if groups not in (None, in_channels):
+            raise ValueError(f"DepthwiseConv2d: groups: expected in_channels, {in_channels}, got {groups}")
+        options: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, in_channels, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.padding_mode == "zeros":
+            return F.depthwise_conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
+        return F.depthwise_conv2d(input, self.weight, self.bias, self.stride, 0, self.dilation)
+
+
+class SeparableConv2d(torch.nn.Module):
+    """A depthwise, then a 1x1 convolution, as `dlaccel.functional.separable_conv2d`; input (N, C, H, W) or (C, H, W).
+
+    The submodules are `depthwise` (a `DepthwiseConv2d` without bias, with depth_multiplier filters a channel) and `pointwise`
+    (a 1x1 `torch.nn.Conv2d`, which has the bias): the state_dict is that of the same torch modules under those names.
+
+    >>> layer = SeparableConv2d(32, 64, 3, padding=1)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: str | _Size = 0,
+        dilation: _Size = 1,
+        depth_multiplier: int = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        mid = in_channels * depth_multiplier
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.depthwise = DepthwiseConv2d(in_channels, mid, kernel_size, stride, padding, dilation, bias=False, **where)
+        self.pointwise = torch.nn.Conv2d(mid, out_channels, 1, bias=bias, **where)
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.pointwise(self.depthwise(input))
+        return result
+
+
+class DepthwiseSeparableBlock(torch.nn.Module):
+    """MobileNet's block, as `dlaccel.functional.depthwise_separable_block`; input (N, in_channels, H, W).
+
+    The submodules are `depthwise`, `bn1`, `pointwise` and `bn2`, so the state_dict is that of the same torch modules under
+    those names. padding=None keeps the size where stride is 1 and the kernel odd. activation: "relu" or "relu6".
+
+    >>> layer = DepthwiseSeparableBlock(32, 64, stride=2)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        activation: str = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel_size // 2) if padding is None else padding
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.depthwise = DepthwiseConv2d(in_channels, in_channels, kernel_size, stride, padding, dilation, bias=False, **where)
+        self.bn1 = BatchNormReLU2d(in_channels, eps, momentum, activation=activation, **where)
+        self.pointwise = torch.nn.Conv2d(in_channels, out_channels, 1, bias=False, **where)
+        self.bn2 = BatchNormReLU2d(out_channels, eps, momentum, activation=activation, **where)
+
+    def forward(self, input: Tensor) -> Tensor:
+        bn1, bn2 = self.bn1, self.bn2
+        fixed = all(not bn.training and bn.running_mean is not None for bn in (bn1, bn2))
+        if fixed and bn1.eps == bn2.eps and not torch.is_grad_enabled():
+            return self._infer(input)
+        result: Tensor = bn2(self.pointwise(bn1(self.depthwise(input))))
+        return result
+
+    def _infer(self, input: Tensor) -> Tensor:
+        """With the batch norms folded into the convolutions."""
+        dw, bn1, bn2 = self.depthwise, self.bn1, self.bn2
+        return F.depthwise_separable_block(
+            input,
+            dw.weight,
+            *(bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var),
+            self.pointwise.weight,
+            *(bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var),
+            stride=dw.stride,
+            padding=dw.padding,
+            dilation=dw.dilation,
+            eps=bn1.eps,
+            activation=bn1.activation,
+        )

@@ -38,8 +38,12 @@ def id_of(value: Any) -> str | None:
     return f"{value.op}: {value.name}" if isinstance(value, Case) else None
 
 
+def has_kernel(op: str) -> bool:
+    return op not in REGISTRY or REGISTRY[op].has_kernel  # a function of several operators is in no registry
+
+
 def over(samples: list[Case], *backends: str) -> Callable[..., Any]:
-    pairs = [(s, b) for s in samples for b in backends or BACKENDS if b == "torch" or REGISTRY[s.op].has_kernel]
+    pairs = [(s, b) for s in samples for b in backends or BACKENDS if b == "torch" or has_kernel(s.op)]
     return pytest.mark.parametrize("sample, backend", pairs, ids=[f"{id_of(s)} {b}" for s, b in pairs])
 
 
@@ -475,7 +479,7 @@ def test_modes(sample: Case, backend: str) -> None:
     y = f(*[t.detach() for t in tensors])
     y += 1  # a fresh tensor, not a view: users may write to it
     assert y.grad_fn is None
-    assert type(f(*tensors).grad_fn).__name__.endswith("Backward")
+    assert type(f(*tensors).grad_fn).__name__.rstrip("0").endswith("Backward")  # aten counts its overloads
 
 
 @over(FIRST, "torch")
