@@ -49,6 +49,11 @@ INF = tl.constexpr(float("inf"))
 # ---- configurations -------------------------------------------------------------------------------------------------
 
 
+def _warps(target: Target, elements: int) -> int:
+    """About 32 elements a thread, 16 in tiles that would spill otherwise; a block has 1024 threads at most."""
+    return min(max(elements // (1024 if elements < 16384 else 512), 4), 1024 // target.warp)
+
+
 @config.choice("cross_entropy.tile")
 def tile_config(target: Target, dtype: torch.dtype, C: int, whole: bool, along_classes: bool) -> Config:
     """The tile of the kernels that go over rows. whole: the tile holds all classes."""
@@ -56,14 +61,14 @@ def tile_config(target: Target, dtype: torch.dtype, C: int, whole: bool, along_c
         return {"BLOCK_R": 16, "BLOCK_C": power_of_two(C, 1, 1 << 20) if whole else 32}
     if not whole and along_classes:  # one row, read in steps
         block = power_of_two(C, 1024, 8192)
-        return {"BLOCK_R": 1, "BLOCK_C": block, "num_warps": max(block // 1024, 4)}
+        return {"BLOCK_R": 1, "BLOCK_C": block, "num_warps": _warps(target, block)}
     if not whole:
         return {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 4}
     block = power_of_two(C, 1, WHOLE_WITH_GRADIENT)
     if along_classes:
-        return {"BLOCK_R": max(2048 // block, 1), "BLOCK_C": block, "num_warps": min(max(block // 1024, 4), 32)}
+        return {"BLOCK_R": max(2048 // block, 1), "BLOCK_C": block, "num_warps": _warps(target, block)}
     rows = max(min(2048 // block, 128), 16)
-    return {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": min(max(rows * block // 1024, 4), 32)}
+    return {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": _warps(target, rows * block)}
 
 
 @config.choice("cross_entropy.prob")
@@ -570,6 +575,8 @@ def cross_entropy(
     N, C, L = planes[0].shape
     along_classes, rows = _along_classes(planes[0]), N * L
     longest = WHOLE_WITH_GRADIENT if along_classes else WHOLE
+    if label_smoothing > 0:  # two more sums a lane
+        longest = max(longest // 4, WHOLE)
     if save == GRADIENT and longest < C:  # as forward and backward
         loss, statistics, divisor, _ = cross_entropy(
             x, target, weight, ignore_index, reduction, label_smoothing, wide, STATISTICS
