@@ -515,7 +515,7 @@ def test_inputs_are_left_alone(backend: str) -> None:
 
 
 def group_norm_ran(x: Tensor) -> bool:
-    return fallback._uses_group_norm(x) and fallback._group_norm_statistics(x) is not None
+    return fallback.uses_group_norm(x) and fallback._group_norm_statistics(x) is not None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a path of the CPU")
@@ -681,3 +681,29 @@ def test_a_residual_network_trains_as_with_torch(backend: str, format: torch.mem
     assert curves[0][-1] < 0.8 * curves[0][0]
     close_state(ours, theirs)
     assert LAUNCHES["batch_norm", backend] > 0
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the short cut to aten is the CPU's")
+def test_auto_calls_aten_where_that_is_as_fast(
+    dtype: torch.dtype, training: bool, with_residual: bool, activation: str | None
+) -> None:
+    """The same results, gradients, statistics and counter as the operator's, without an operator."""
+    x = torch.randn(6, 5, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    residual = torch.randn_like(x).requires_grad_() if with_residual else None
+    results = []
+    for chosen in ("auto", "torch"):
+        mean, var, count = torch.zeros(5), torch.ones(5), torch.tensor(3)
+        LAUNCHES.clear()
+        with dlaccel.use_backend(chosen):
+            options = {"residual": residual, "activation": activation, "num_batches_tracked": count}
+            y = F.batch_norm(x, mean, var, weight, bias, training, None, 1e-5, **options)
+            wanted = [x, weight, bias, *([] if residual is None else [residual])]
+            gradients = torch.autograd.grad(y, wanted, torch.full_like(y, 0.3))
+        assert bool(LAUNCHES) == (chosen == "torch")
+        results.append((y, *gradients, mean, var, count))
+    torch.testing.assert_close(results[0], results[1])

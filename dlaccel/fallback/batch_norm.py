@@ -104,7 +104,7 @@ def _parameters(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]
     return x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight, *rest
 
 
-def _uses_group_norm(x: Tensor) -> bool:
+def uses_group_norm(x: Tensor) -> bool:
     return (
         x.numel() >= LEAST and x.dtype == torch.float32 and x.is_cpu and x.dim() > 2 and x.is_contiguous()
         and math.prod(x.shape[2:]) >= 64
@@ -156,7 +156,7 @@ def batch_norm(
         assert num_batches_tracked is not None
         factor = 1 / int(num_batches_tracked) if x.is_cpu else num_batches_tracked.reciprocal()
 
-    statistics = _group_norm_statistics(x) if _uses_group_norm(x) else None
+    statistics = _group_norm_statistics(x) if uses_group_norm(x) else None
     if statistics is not None:
         mean, var = statistics
         if running_mean is not None and running_var is not None:
@@ -224,6 +224,6 @@ def batch_norm_backward(
 
 def explain(name: str, *args: Any) -> str:
     x: Tensor = args[0]
-    if name == "batch_norm" and _uses_group_norm(x):
+    if name == "batch_norm" and uses_group_norm(x):
         return "statistics of aten's group norm merged in float64, aten's batch norm with them, activation in place"
     return "aten's batch norm" + (", residual and activation in place" if name != "batch_norm_backward" else " backward")

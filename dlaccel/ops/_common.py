@@ -8,8 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dlaccel.ops._autograd import transformed
+
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a public function may look at x and call aten instead of our operator: no subclass, transform, tracer or mode."""
+    return type(x) is Tensor and not is_compiling() and not transformed() and not _dispatch_modes()
 
 
 def described(t: Tensor) -> str:

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from dlaccel import backend as _backend
-from dlaccel.ops._autograd import transformed
-from dlaccel.ops._common import FLOATS, described, is_compiling, total
+from dlaccel.ops._common import FLOATS, described, plain, total
 from dlaccel.ops._register import Op
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -401,17 +400,11 @@ prob_op = Op(
 # ---- the public function --------------------------------------------------------------------------------------------
 
 _aten: Any = torch._C._nn.cross_entropy_loss
-_dispatch_modes: Any = torch._C._len_torch_dispatch_stack
 
 LARGE = 1 << 22  # logits from which our operator beats eager on the CPU: eager's three buffers no longer fit the cache
 PIECE = 1 << 16  # from where our operator's constant cost no longer counts
 FEW_ROWS = 256  # a matrix with fewer is not worth two views
 EXACT_ROWS = 2048  # float16 counts no further
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether values may be looked at: no subclass, transform, tracer or mode."""
-    return type(x) is Tensor and not is_compiling() and not transformed() and not _dispatch_modes()
 
 
 def _fewer_than_lanes(x: Tensor) -> bool:
@@ -483,7 +476,7 @@ def _loss(
     fused: bool | None,
 ) -> Tensor:
     prob = target.shape == x.shape
-    plain = _plain(x)
+    bare = plain(x)
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if prob and ignore_index >= 0:
         check_prob(x, target, weight, reduction, smoothing, wide, 0)
@@ -491,7 +484,7 @@ def _loss(
     if not prob and weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("cross_entropy: weight: its gradient is defined for class probabilities only")
     save = STATISTICS if x.dim() and x.shape[class_dim(x)] > LONG_ROW else 0
-    if plain and x.is_cpu and _backend.forced == "auto":
+    if bare and x.is_cpu and _backend.forced == "auto":
         if prob:
             check_prob(x, target, weight, reduction, smoothing, wide, 0)
         else:
@@ -505,9 +498,9 @@ def _loss(
     if prob:
         loss: Tensor = prob_op(x, target, weight, reduction, smoothing, wide, save)[0]
         return loss
-    if _backend.CHECK and plain and not x.is_meta:
+    if _backend.CHECK and bare and not x.is_meta:
         check_targets(x, target, ignore_index)
-    if fused and plain and needs_grad:
+    if fused and bare and needs_grad:
         save = GRADIENT
     loss = forward_op(x, target, weight, ignore_index, reduction, smoothing, wide, save)[0]
     return loss
