@@ -94,5 +94,6 @@ def sync_batch_norm(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         share = num_batches_tracked.reciprocal() if momentum is None else momentum
-    y: Tensor = _Synchronised.apply(input, weight, bias, residual, running_mean, running_var, share, eps, activation, group)
+    apply: Any = _Synchronised.apply
+    y: Tensor = apply(input, weight, bias, residual, running_mean, running_var, share, eps, activation, group)
     return y

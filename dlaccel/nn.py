@@ -82,7 +82,8 @@ class _Activated(_BatchNorm):
         return _batch_norm(self, input, residual, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, activation={self.activation}"
 
 
 class BatchNormReLU1d(_Activated, torch.nn.BatchNorm1d):
@@ -150,7 +151,7 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         distributed = torch.distributed
         if not (self.training and distributed.is_available() and distributed.is_initialized()):
             return _batch_norm(self, input, residual, self.activation)
-        group = self.process_group or distributed.group.WORLD
+        group: Any = self.process_group or distributed.group.WORLD
         if distributed.get_world_size(group) == 1:
             return _batch_norm(self, input, residual, self.activation)
         from dlaccel.distributed import sync_batch_norm
@@ -198,7 +199,8 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         return converted
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return plain if self.activation is None else f"{plain}, activation={self.activation}"
 
 
 class LinearReLU(torch.nn.Linear):

@@ -210,14 +210,14 @@ def batch_norm_backward(
         )
         return dx, dweight, dbias, dresidual
     dz = gate(dy, y, activation)
-    dx = dweight = dbias = None
+    gradients: Any = None, None, None
     if any(mask[:3]):
         w, m, v = _parameters(x, weight, mean, rstd_or_var)
-        dx, dweight, dbias = _native_backward(dz, x, w, m, v, m, v, training, eps, mask[:3])  # reads one of the two pairs
+        gradients = _native_backward(dz, x, w, m, v, m, v, training, eps, mask[:3])  # reads one of the two pairs
     return (
-        _laid_out_like(x, dx) if mask[0] else None,
-        dweight.to(like.dtype) if mask[1] else None,
-        dbias.to(like.dtype) if mask[2] else None,
+        _laid_out_like(x, gradients[0]) if mask[0] else None,
+        gradients[1].to(like.dtype) if mask[1] else None,
+        gradients[2].to(like.dtype) if mask[2] else None,
         _laid_out_like(x, dz.clone() if dz is dy else dz) if mask[3] else None,
     )
 

@@ -183,8 +183,9 @@ def jvp_of_backward(ctx: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Te
     n = Normalised(x, weight, mean, rstd_or_var, training, eps)
     dz = gate(dy, y, activation).to(n.x_hat.dtype)
     tdz = gate(torch.zeros_like(dy) if tdy is None else tdy, y, activation)
-    tx_hat = None if tx is None else n.derivative(tx)
-    tdx = tdweight = tdbias = None
+    tx_hat: Any = None if tx is None else n.derivative(tx)
+    tdx: Any = None
+    tdweight = tdbias = None
     if mask[0]:
         tdx = n.weight * n.derivative(tdz)
         if tweight is not None:
@@ -196,7 +197,7 @@ def jvp_of_backward(ctx: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Te
         tdx = tdx.to(x.dtype)
     like = mean if weight is None else weight
     if mask[1]:
-        tdweight = n.sum(total(tdz * n.x_hat, None if tx_hat is None else dz * tx_hat)).to(like.dtype)
+        tdweight = n.sum(tdz * n.x_hat if tx_hat is None else tdz * n.x_hat + dz * tx_hat).to(like.dtype)
     if mask[2]:
         tdbias = n.sum(tdz).to(like.dtype)
     return tdx, tdweight, tdbias, tdz if mask[3] else None

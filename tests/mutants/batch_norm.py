@@ -120,10 +120,10 @@ MUTANTS = [
         TORCH,
     ),
     Mutant(
-        "fallback: dy is overwritten",
-        FALLBACK,
-        "dz = gate(dy, y, activation)\n    dx = dweight",
-        "dz = dy.copy_(gate(dy, y, activation)) if dy.is_contiguous() else gate(dy, y, activation)\n    dx = dweight",
+        "torch backend: dy is overwritten",
+        OPS,
+        "        dy = gate(dy, y, activation)\n        bias",
+        "        dy = dy.copy_(gate(dy, y, activation)) if dy.is_contiguous() else gate(dy, y, activation)\n        bias",
         TORCH,
     ),
     Mutant(
