@@ -49,10 +49,10 @@ def _activate(y: Tensor, activation: str | None) -> None:
         torch.nn.functional.hardtanh_(y, 0, 6)
 
 
-def _pieces(*tensors: Tensor, size: int = PIECE) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors cut along the batch, about `size` bytes of the first at a time."""
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors cut along the batch, about PIECE bytes of the first at a time."""
     first = tensors[0]
-    step = max(1, size * first.shape[0] // max(first.nbytes, 1))
+    step = max(1, PIECE * first.shape[0] // max(first.nbytes, 1))
     return zip(*(t.split(step) for t in tensors), strict=True)
 
 
