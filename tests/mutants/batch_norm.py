@@ -8,7 +8,7 @@ SHAPES = (f"{FILE} -k 'shapes and triton and float32'",)
 OPTIONS = (f"{FILE} -k 'options and triton'",)
 COTANGENTS = (f"{FILE} -k 'cotangents and triton'",)
 STATE = (f"{FILE} -k 'keep_torch_s_state and triton and float32'",)
-TORCH = (f"{FILE} -k 'not triton and not compile and not conformance and not eight'",)
+TORCH = (f"{FILE} -k 'not triton and not compile and not conformance and not wide_loads'",)
 SECOND = ("tests/test_contract.py -k 'gradgradcheck and batch_norm and torch'",)
 TESTS = (FILE,)
 
