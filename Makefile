@@ -41,8 +41,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	fi
 	@touch $(STAMP)
 
+# As many processes as there are cores, where pytest-xdist is at hand.
+PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && printf %s "-n auto --dist worksteal")
+
 test: setup
-	$(PY) -m pytest tests -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q $(PARALLEL)
 
 bench: setup
 	$(PY) -m dlaccel.bench run --preset quick --budget 240 --out results
@@ -71,16 +74,16 @@ OVERLAY_TESTS := tests/test_interp_checks.py tests/test_compile.py tests/test_li
 
 test-overlays: overlays
 	for triton in $(TRITON_OLD) $(TRITON_NEW); do \
-	    PYTHONPATH=$(VENV)/triton-$$triton $(PY) -m pytest $(wildcard $(OVERLAY_TESTS)) -q -k "not torch-" || exit 1; \
+	    PYTHONPATH=$(VENV)/triton-$$triton $(PY) -m pytest $(wildcard $(OVERLAY_TESTS)) -q $(PARALLEL) -k "not torch-" || exit 1; \
 	done
 
 mutants: setup
 	$(PY) -m tests.mutants
 
 full: setup overlays
-	$(PY) -m pytest tests -q -m "slow or not slow"
-	PYTHONPATH=$(VENV)/triton-$(TRITON_OLD) $(PY) -m pytest tests -q -m "slow or not slow"
-	PYTHONPATH=$(VENV)/triton-$(TRITON_NEW) $(PY) -m pytest tests -q -m "slow or not slow"
+	$(PY) -m pytest tests -q $(PARALLEL) --slow
+	PYTHONPATH=$(VENV)/triton-$(TRITON_OLD) $(PY) -m pytest tests -q $(PARALLEL) --slow
+	PYTHONPATH=$(VENV)/triton-$(TRITON_NEW) $(PY) -m pytest tests -q $(PARALLEL) --slow
 
 gpu: $(GPU_STEPS)
 
