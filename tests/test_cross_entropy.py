@@ -222,6 +222,7 @@ CORNERS: dict[str, dict[tuple[int, int], float] | float] = {
     "NaN in an ignored row": {(2, 5): NAN},
     "inf in an ignored row": {(2, 5): INF},
     "a far target": {(1, 0): -300.0},
+    "a subnormal probability": {(1, 0): -95.0},
     "a sure target": {(1, 0): 60.0},
     "large logits": 1e4,
     "very negative logits": -1e4,

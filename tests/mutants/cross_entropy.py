@@ -71,7 +71,7 @@ MUTANTS = [
     ),
     Mutant("sums of a second level lost", KERNELS, "        partial = sums\n", "        partial = sums[:, :1]\n"),
     Mutant("fallback: maximum not subtracted", FALLBACK, "torch.sub(x, x.amax(1, keepdim=True), out=p)", "p.copy_(x)"),
-    Mutant("fallback: small probabilities not repaired", FALLBACK, "far = (nll > FAR)", "far = (nll > 1e30)"),
+    Mutant("fallback: small probabilities not repaired", FALLBACK, "far = (nll > FAR)", "far = (nll > math.inf)"),
     Mutant(
         "fallback: NaN of an ignored row reaches its gradient",
         FALLBACK,
