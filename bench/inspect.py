@@ -410,7 +410,10 @@ def _command(args: argparse.Namespace) -> list[str]:
 
 
 def _predict(ops: Sequence[str], processes: int | None) -> int:
-    cases = [case for op in ops for case in gpu_cases(op)]
+    cases: list[Case] = []
+    for op in ops:  # the shapes of GPUs, where an op has its own
+        known = gpu_cases(op)
+        cases += [case for case in known if "cpu" not in case.devices] or known
     for gpu in model.GPUS.values():
         found = inspect(Selection(cases, targets=[gpu.target]), processes)
         rows = [
