@@ -70,16 +70,16 @@ class _OnKernels(TorchDispatchMode):
 
         if func.namespace == NAMESPACE:
             op = REGISTRY[func.__name__.partition(".")[0]]
-            if op.has_kernel:
-                args = op.filled(args)
-                problem = op.unsupported(*args) if op.unsupported is not None else None
-                if problem is not None:
-                    raise NoKernel(f"{op.name}: {problem}")
-                function = getattr(op.floor("triton"), op.name)
-                declared = func._schema.arguments
-                args = tuple(a.clone() if d.alias_info and a is not None else a for d, a in zip(declared, args, strict=True))
-                self.calls.append((function, args))
-                return function(*args)
+            args = op.filled(args)
+            problem = None if op.has_kernel else "it has no Triton kernel"
+            if problem is None and op.unsupported is not None:
+                problem = op.unsupported(*args)
+            if problem is not None:
+                raise NoKernel(f"{op.name}: {problem}")
+            function, declared = getattr(op.floor("triton"), op.name), func._schema.arguments
+            args = tuple(a.clone() if d.alias_info and a is not None else a for d, a in zip(declared, args, strict=True))
+            self.calls.append((function, args))
+            return function(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -273,18 +273,27 @@ def _specialised(value: Any) -> Any:
 
 @functools.cache
 def _source_hash(file: str) -> str:
-    """Of the kernel's file and of those with kernels that it imports from its folder."""
+    """Of what is compiled from the kernel's file and from those with kernels that it imports from its folder.
+
+    Launchers, choices of configuration and comments do not count: what they decide is in the launch.
+    """
     digest, folder = hashlib.sha256(), Path(file).parent
     waiting, seen = [Path(file)], {Path(file)}
     while waiting:
-        source = waiting.pop().read_text()
-        digest.update(source.encode())
-        imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+        tree = ast.parse(waiting.pop().read_text())
+        digest.update(ast.dump(ast.Module([node for node in tree.body if not _is_host_code(node)], [])).encode())
+        imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         names = {name for node in imported for name in [(node.module or "").split(".")[-1], *(a.name for a in node.names)]}
         siblings = {folder / f"{name}.py" for name in names if name} - seen
         waiting += sorted(path for path in siblings if path.exists() and "@triton.jit" in path.read_text())
         seen |= siblings
     return digest.hexdigest()
+
+
+def _is_host_code(node: ast.stmt) -> bool:
+    if isinstance(node, ast.FunctionDef):
+        return not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return isinstance(node, ast.ClassDef) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
 @functools.cache

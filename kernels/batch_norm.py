@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .config import Config, Target, power_of_two
+from .config import Config, Target, cdiv, power_of_two
 from .launch import launch
 
 SAMPLES = 64  # values behind the shift K
@@ -56,7 +56,7 @@ def tile_config(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> C
         columns = power_of_two(C, 16, 64)
     else:  # the largest block that wastes less than a fifth of its lanes, or the one that wastes least
         blocks = [b for b in (1024, 512, 256, 128, 64, 32, 16) if b < 2 * S] or [16]
-        waste = [triton.cdiv(S, b) * b / S for b in blocks]
+        waste = [cdiv(S, b) * b / S for b in blocks]
         columns = next((b for b, w in zip(blocks, waste, strict=True) if w < 1.2), blocks[waste.index(min(waste))])
     return {"BLOCK_R": power_of_two(R, 1, 2048 // columns), "BLOCK_N": columns, "num_warps": 4}
 
@@ -397,12 +397,12 @@ class Tiling:
             self.strides += [r // vec, b // vec, n]
 
         chosen = tile_config(x.device, x.dtype, view.R, view.C, view.S)
-        self.blocks = view.C if runs else triton.cdiv(view.C, chosen["BLOCK_N"])
-        tiles = triton.cdiv(view.R, chosen["BLOCK_R"]) * (triton.cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
-        wanted = triton.cdiv(RESIDENT * config.target_of(x.device).sms, self.blocks)
+        self.blocks = view.C if runs else cdiv(view.C, chosen["BLOCK_N"])
+        tiles = cdiv(view.R, chosen["BLOCK_R"]) * (cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
+        wanted = cdiv(RESIDENT * config.target_of(x.device).sms, self.blocks)
         least = 1 if config.target_of(x.device).interpreted else TILES
-        per_program = triton.cdiv(tiles, max(1, min(wanted, tiles // least)))
-        self.parts = triton.cdiv(tiles, per_program)
+        per_program = cdiv(tiles, max(1, min(wanted, tiles // least)))
+        self.parts = cdiv(tiles, per_program)
         self.sizes = view.R, view.C, columns // vec
         self.tiles = tiles, per_program
         self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
@@ -425,10 +425,10 @@ class Tiling:
         """The same with few enough slices, and their number."""
         if self.parts <= DIRECT:
             return first, second, self.parts
-        group = triton.cdiv(self.parts, GROUPS)
-        groups = triton.cdiv(self.parts, group)
+        group = cdiv(self.parts, GROUPS)
+        groups = cdiv(self.parts, group)
         few = tuple(first.new_empty((groups, self.view.C), dtype=torch.float64) for _ in range(2))
-        grid = (triton.cdiv(self.view.C, 64), groups)
+        grid = (cdiv(self.view.C, 64), groups)
         launch(collapse_kernel, grid, first, second, *few, self.view.C, self.parts, group, BLOCK_C=64, MERGE=16, num_warps=4)
         return *few, groups
 
