@@ -29,7 +29,7 @@ from dlaccel.memory_format import empty, suggests_channels_last
 
 MAX_PADDING = 6  # of oneDNN's fast kernels
 SMALL = 2**17  # multiply-adds of a forward, below which being an operator costs more than the faster gradients save
-TERMS = 1000  # that one float32 chain adds up in a weight gradient: more lose accuracy against aten's blocked sums
+TERMS = 1700  # that one float32 chain adds up in a weight gradient: more lose accuracy against aten's blocked sums
 IMAGE = 2**19  # multiply-adds of an image, from which its own convolution is faster than aten's channels_last gradient
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -205,14 +205,14 @@ def depthwise_conv2d_dgrad(
 
 
 def _row_parts(
-    x: Tensor, dy: Tensor, kernel_height: int, stride: Ints, padding: Ints, dilation: Ints
+    x: Tensor, dy: Tensor, kernel_height: int, stride: Ints, padding: Ints, dilation: Ints, terms: int
 ) -> Iterator[tuple[Tensor, Tensor, Ints, int]]:
-    """dy in parts of about 1.5 TERMS pixels, with the rows of x and the padding for each, and the first row of the product."""
+    """dy in parts of about `terms` pixels, with the rows of x and the padding for each, and the first row of the product."""
     height, (oh, ow) = x.shape[2], dy.shape[2:]
-    if oh * ow <= TERMS:
+    if oh * ow <= terms:
         yield x, dy, padding, 0
         return
-    rows = -(-oh // max(2, 2 * oh * ow // (3 * TERMS)))
+    rows = -(-oh // max(2, oh * ow // terms))
     for row in range(0, oh, rows):
         part = dy[:, :, row : row + rows]
         start = row * stride[0] - padding[0]
@@ -236,15 +236,16 @@ def depthwise_conv2d_wgrad(
         weight = x.new_empty(shape)
         x, dy = (t.contiguous(memory_format=_format(channels_last)) for t in (x, dy))
         return _finished(_native(dy, x, weight, stride, padding, dilation, [False, True, False]), channels_last)
-    if channels_last:
-        dw = x.new_zeros(shape, dtype=torch.float32)
-        for image, filter in zip(x.split(1), dy, strict=True):
-            # .contiguous(): oneDNN wants the filter in this order first; aten's own copy into it is slower.
-            products = _conv(image, filter.unsqueeze(1).contiguous(), None, dilation, padding, stride, True)
-            dw += products[0, :, None, :kh, :kw]
-    else:
-        dw = x.new_zeros(shape, dtype=torch.float32)
-        for x_rows, dy_rows, pads, first in _row_parts(x, dy, kh, stride, padding, dilation):
+    # aten adds up by blocks, and is most accurate for wide kernels, least in channels_last: there the whole image will do.
+    terms = TERMS // 2 if kh * kw >= 150 else dy.numel() if channels_last else TERMS
+    dw = x.new_zeros(shape, dtype=torch.float32)
+    for x_rows, dy_rows, pads, first in _row_parts(x, dy, kh, stride, padding, dilation, terms):
+        if channels_last:
+            for image, filter in zip(x_rows.split(1), dy_rows, strict=True):
+                # .contiguous(): oneDNN wants the filter in this order first; aten's own copy into it is slower.
+                products = _conv(image, filter.unsqueeze(1).contiguous(), None, dilation, pads, stride, True)
+                dw += products[0, :, None, first : first + kh, :kw]
+        else:
             images = x_rows.reshape(1, n * filters, *x_rows.shape[2:])
             products = _conv(images, dy_rows.reshape(n * filters, 1, *dy_rows.shape[2:]), None, dilation, pads, stride, False)
             dw += products[0, :, first : first + kh, :kw].reshape(n, *shape).sum(0, dtype=torch.float32)
