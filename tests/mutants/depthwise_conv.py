@@ -80,8 +80,8 @@ MUTANTS = [
     Mutant(
         "fallback: stride and dilation not exchanged",
         FALLBACK,
-        ".contiguous(), None, dilation, padding, stride, True)",
-        ".contiguous(), None, stride, padding, dilation, True)",
+        ".contiguous(), None, dilation, pads, stride, True)",
+        ".contiguous(), None, stride, pads, dilation, True)",
     ),
     Mutant(
         "fallback: overwrites the incoming gradient",
