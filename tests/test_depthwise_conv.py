@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import dlaccel
 import dlaccel.functional as F
@@ -204,6 +205,9 @@ def test_memory_formats_are_torchs(backend: str, shape: tuple[int, ...]) -> None
             # The stride of a size of 1 means nothing.
             strides.append([[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (y, dx, dw)])
         assert strides[0] == strides[1], (x_layout, w_layout, kernel)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = F.depthwise_conv2d(x.detach(), w.detach(), padding=kernel // 2)
+        assert [s for s, n in zip(fake.stride(), fake.shape, strict=True) if n > 1] == strides[1][0]
 
 
 # ---- torch's tables and fuzz ----------------------------------------------------------------------------------------
