@@ -24,8 +24,6 @@ LEAST = 1 << 17  # elements below which merging costs more than aten's statistic
 # Group norm keeps float32 sums: above this ratio |mean| / standard deviation they are less accurate than aten's.
 TRUSTED = 5.0
 
-Result = tuple[Tensor, Tensor, Tensor]
-
 
 WIDE = {torch.float64: torch.float64}  # the dtype of statistics, where it is not float32
 
@@ -144,7 +142,7 @@ def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
     momentum: float | None, eps: float, activation: str | None,
-) -> Result:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = statistics_dtype(x)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
