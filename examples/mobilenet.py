@@ -14,23 +14,7 @@ import sys
 import twins
 from torch import Tensor, nn
 
-from dlaccel.functional import depthwise_conv2d
-from dlaccel.nn import BatchNormReLU2d
-
-
-class Depthwise(nn.Conv2d):
-    """One 3 x 3 filter a channel."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return depthwise_conv2d(input, self.weight, None, self.stride, self.padding)  # type: ignore[arg-type]
-
-
-class TorchDepthwise(Depthwise):
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.Conv2d.forward(self, input)
+from dlaccel.nn import BatchNormReLU2d, DepthwiseSeparableBlock
 
 
 class TorchBatchNormReLU2d(nn.BatchNorm2d):
@@ -38,10 +22,23 @@ class TorchBatchNormReLU2d(nn.BatchNorm2d):
         return super().forward(input).relu_()
 
 
-def block(dlaccel: bool, channels: int, out: int, stride: int) -> nn.Sequential:
-    depthwise, norm = (Depthwise, BatchNormReLU2d) if dlaccel else (TorchDepthwise, TorchBatchNormReLU2d)
-    pointwise = nn.Conv2d(channels, out, 1, bias=False)
-    return nn.Sequential(depthwise(channels, stride), norm(channels), pointwise, norm(out))
+class TorchBlock(nn.Module):
+    """`DepthwiseSeparableBlock` out of torch's modules, with the same state_dict."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
+        self.bn1 = TorchBatchNormReLU2d(channels)
+        self.pointwise = nn.Conv2d(channels, out, 1, bias=False)
+        self.bn2 = TorchBatchNormReLU2d(out)
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.bn2(self.pointwise(self.bn1(self.depthwise(input))))
+        return result
+
+
+def block(dlaccel: bool, channels: int, out: int, stride: int) -> nn.Module:
+    return DepthwiseSeparableBlock(channels, out, stride=stride) if dlaccel else TorchBlock(channels, out, stride)
 
 
 def build(dlaccel: bool, side: int) -> nn.Module:
