@@ -60,6 +60,7 @@ lint: setup
 types: setup
 	rm -rf build/types
 	$(PY) -m pip install -q --no-deps --no-build-isolation --target build/types .
+	rm -r build/types/dlaccel/bench/results  # data beside results.py, which mypy takes for the module
 	cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p dlaccel
 
 $(VENV)/triton-%: | setup

@@ -112,7 +112,7 @@ def case(
     state = [i for i, n in enumerate(names) if n.startswith(("running", "num_batches"))]
     options: dict[str, Any] = {"training": training, "activation": activation} | ({"momentum": momentum} if training else {})
     form = "F.batch_norm" + (".add_" if residual else "") + (f".{activation}_" if activation else "")
-    kind = "+".join(["add"] * residual + [activation] * (activation is not None)) or "plain"
+    kind = "+".join(["add"] * residual + ([activation] if activation else [])) or "plain"
     written = "x".join(str(n) for n in shape)
     return Case(
         op="batch_norm",

@@ -274,6 +274,7 @@ def batch_norm(
     training: bool, momentum: float | None, eps: float,
     residual: Tensor | None, activation: str | None, num_batches_tracked: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    y: Tensor
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("batch_norm: running_mean and running_var: expected both in evaluation, got None")
     if (
