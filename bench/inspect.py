@@ -343,12 +343,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)  # nothing runs here
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # nothing runs here
     try:
         return _main(args)
     except ValueError as error:
         print(f"inspect: {error}", file=sys.stderr)
         return 2
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
 
 
 def _main(args: argparse.Namespace) -> int:

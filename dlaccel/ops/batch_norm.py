@@ -291,7 +291,7 @@ def batch_norm(
                 num_batches_tracked.add_(1)
                 momentum = 1 / int(num_batches_tracked) if momentum is None else momentum
         else:
-            check_common(input, weight, bias, residual, *state, activation)
+            check_inference(input, weight, bias, residual, *state, eps, activation)
         y = torch.nn.functional.batch_norm(input, *state, weight, bias, training, momentum or 0.0, eps)
         if residual is not None:
             y = y.add_(residual)
