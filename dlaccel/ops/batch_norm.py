@@ -291,7 +291,8 @@ def batch_norm(
                 num_batches_tracked.add_(1)
                 momentum = 1 / int(num_batches_tracked) if momentum is None else momentum
         else:
-            check_inference(input, weight, bias, residual, *state, eps, activation)
+            assert running_mean is not None and running_var is not None
+            check_inference(input, weight, bias, residual, running_mean, running_var, eps, activation)
         y = torch.nn.functional.batch_norm(input, *state, weight, bias, training, momentum or 0.0, eps)
         if residual is not None:
             y = y.add_(residual)
