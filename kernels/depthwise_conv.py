@@ -250,8 +250,9 @@ def depthwise_dgrad_kernel(
         dya = (a + PAD_A - ka * DILATION_A) // STRIDE_A
         dy_line = dy + n.to(tl.int64) * stride_dyn + o.to(tl.int64) * stride_dyc + dya.to(tl.int64) * stride_dya
         w_line = w + o.to(tl.int64) * stride_wc + ka * stride_wa
-        w_mask = (c < channels) & (ka < KA)
-        mask = inside & (ka < KA) & (a + PAD_A >= ka * DILATION_A) & (dya < dy_across)
+        # Blocks on both sides of each &: Triton 3.9's interpreter makes no mask of a block and a scalar.
+        w_mask = (c < channels) & (c * 0 + ka < KA)
+        mask = inside & (a * 0 + ka < KA) & (a + PAD_A >= ka * DILATION_A) & (dya < dy_across)
         if TAPS == KS:
             acc = dgrad_line(
                 acc, dy_line, w_line, start // STRIDE_S, dy_along, stride_dys, stride_ws, mask, w_mask, zero,
