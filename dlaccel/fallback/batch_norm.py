@@ -74,13 +74,17 @@ def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tenso
     return y
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x is contiguous in one of the two memory formats."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def _normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     mean: Tensor, var: Tensor, eps: float, activation: str | None,
 ) -> Tensor:  # fmt: skip
     """act((x - mean) / sqrt(var + eps) * weight + bias + residual) for given statistics."""
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    if not (x.is_cpu and x.nbytes > LARGE and dense):
+    if not (x.is_cpu and x.nbytes > LARGE and is_dense(x)):
         y = _native(x, weight, bias, mean, var, False, 0.0, eps)[0]
         return _finish(_laid_out_like(x, y), residual, activation)
     y = torch.empty_like(x)

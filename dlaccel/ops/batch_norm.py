@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlaccel import backend as _backend
 from dlaccel.backend import choose
-from dlaccel.fallback.batch_norm import LARGE, gate, statistics_dtype, uses_group_norm
+from dlaccel.fallback.batch_norm import LARGE, gate, is_dense, statistics_dtype, uses_group_norm
 from dlaccel.ops._autograd import transformed
 from dlaccel.ops._common import FLOATS, described, plain, total
 from dlaccel.ops._register import REGISTRY, Op
@@ -262,8 +262,7 @@ def _aten_is_as_fast(x: Tensor, vectors: tuple[Tensor | None, ...], training: bo
     """
     if x.nbytes > LARGE and not (training and residual is None):  # the torch backend goes by pieces
         return False
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    if not dense or x.numel() == 0 or (training and uses_group_norm(x)):
+    if not is_dense(x) or x.numel() == 0 or (training and uses_group_norm(x)):
         return False
     dtype = statistics_dtype(x)
     return all(t is None or t.dtype == dtype for t in vectors) and (x.dtype == dtype or vectors[0] is not None)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dlaccel import backend as _backend
+from dlaccel.fallback.cross_entropy import raise_for_bad_target
 from dlaccel.ops._common import FLOATS, described, plain, total
 from dlaccel.ops._register import Op
 
@@ -499,20 +500,11 @@ def _loss(
         loss: Tensor = prob_op(x, target, weight, reduction, smoothing, wide, save)[0]
         return loss
     if _backend.CHECK and bare and not x.is_meta:
-        check_targets(x, target, ignore_index)
+        raise_for_bad_target(target, x.shape[class_dim(x)], ignore_index)
     if fused and bare and needs_grad:
         save = GRADIENT
     loss = forward_op(x, target, weight, ignore_index, reduction, smoothing, wide, save)[0]
     return loss
-
-
-def check_targets(x: Tensor, target: Tensor, ignore_index: int) -> None:
-    """IndexError for a target out of range; waits for the device."""
-    classes = x.shape[class_dim(x)]
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bad.any():
-        row = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(f"Target {int(target[row])} is out of bounds: at {row}, for {classes} classes")
 
 
 def cross_entropy(
