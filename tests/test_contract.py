@@ -23,11 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import dlaccel
 from dlaccel.bench.accuracy import close_enough
 from dlaccel.bench.case import Case, families, implementation
-from dlaccel.ops import _register
-from dlaccel.ops._register import FLOPS, LAUNCHES, NAMESPACE, REGISTRY
+from dlaccel.ops._register import LAUNCHES, NAMESPACE, REGISTRY
 from tests.kit import COTANGENTS, DEVICE, LAYOUTS, poisoned, unchanged
 
-_register.activate(FLOPS)
 FAMILIES = families()
 SAMPLES: list[Case] = [sample for family in FAMILIES.values() for sample in family.SAMPLES]
 FIRST = [family.SAMPLES[0] for family in FAMILIES.values()]

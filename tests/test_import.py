@@ -88,3 +88,17 @@ def test_fork_after_use() -> None:
         """,
         flags=(),
     )
+
+
+@pytest.mark.parametrize("order", ["import dlaccel; from torch.utils.flop_counter import FlopCounterMode", "counter first"])
+def test_flop_counter_knows_the_ops(order: str) -> None:
+    both = "from torch.utils.flop_counter import FlopCounterMode; import dlaccel" if order == "counter first" else order
+    run(
+        f"""
+        {both}
+        import torch, dlaccel.functional as F
+        with FlopCounterMode(display=False) as counter:
+            torch.ops.dlaccel.linear_relu(torch.ones(2, 3), torch.ones(5, 3), None)
+        assert counter.get_total_flops() == 2 * 2 * 3 * 5, counter.get_total_flops()
+        """
+    )

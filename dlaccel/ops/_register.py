@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,9 +28,10 @@ LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations
 REGISTRY: dict[str, Op] = {}  # by operator name; the contract tests loop over it
 LAUNCHES: Counter[tuple[str, str]] = Counter()  # (op, backend): how often it ran there
 
-# Rules for subsystems that are slow to import wait until the subsystem is imported, or `activate` is called.
-FLOPS, SHARDING = "torch.utils.flop_counter", "torch.distributed.tensor.experimental"
-_waiting: dict[str, list[Callable[[Any], object]]] = {FLOPS: [], SHARDING: []}
+# Subsystems that are slow to import get their rules when somebody imports them. Without its rule FlopCounterMode counts 0
+# and DTensor raises.
+FLOPS, SHARDING = "torch.utils.flop_counter", "torch.distributed.tensor"
+_waiting: dict[str, list[Callable[[], object]]] = {FLOPS: [], SHARDING: []}
 
 # aten's three autocast lists: (active autocast dtype, dtypes of the arguments) -> the dtype to cast to.
 _AUTOCAST: dict[str, Callable[[torch.dtype, list[torch.dtype]], torch.dtype]] = {
@@ -103,12 +105,12 @@ class Op:
                 _register_autocast(op, self.autocast, filled, device)
         if self.flops is not None:
             flops = padded(self.flops)
-            _waiting[FLOPS].append(lambda m: m.register_flop_formula(op.overloadpacket)(flops))
+            _waiting[FLOPS].append(lambda: _attribute(FLOPS, "register_flop_formula")(op.overloadpacket)(flops))
         if self.sharding is not None:
             sharding = padded(self.sharding)
-            _waiting[SHARDING].append(lambda m: m.register_sharding(op)(sharding))
+            _waiting[SHARDING].append(lambda: _attribute(f"{SHARDING}.experimental", "register_sharding")(op)(sharding))
         for subsystem in _waiting.keys() & sys.modules.keys():
-            activate(subsystem)
+            _activate(subsystem)
         REGISTRY[name] = self
         return op
 
@@ -135,11 +137,36 @@ def _floor(room: str, name: str) -> Any:
     return importlib.import_module(f"dlaccel.{room}.{name}")
 
 
-def activate(subsystem: str) -> None:
-    """Import FLOPS or SHARDING and hand it the declared rules. Without: FlopCounterMode counts 0, DTensor raises."""
-    module = importlib.import_module(subsystem)
+def _attribute(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _activate(subsystem: str) -> None:
+    """Hand an imported subsystem the rules that wait for it."""
     while _waiting[subsystem]:
-        _waiting[subsystem].pop()(module)
+        _waiting[subsystem].pop()()
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds a subsystem as the finders behind it do, and activates it once it is loaded."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name not in _waiting:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec: Any = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is not None:
+            load = spec.loader.exec_module
+
+            def load_and_activate(module: Any) -> None:
+                load(module)
+                _activate(name)
+
+            spec.loader.exec_module = load_and_activate
+        return spec
+
+
+sys.meta_path.insert(0, _AfterImport())
 
 
 def _register_autocast(op: Any, rule: str | Callable[..., Any], filled: Callable[..., Any], device: str) -> None:
