@@ -222,6 +222,8 @@ def do_report(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     path = report.write(args.dir, rows, problems)
+    for line in report.kernel_lines(args.dir):
+        print(line)
     print(f"{path} and {len(list((args.dir / 'figures').glob('*.png')))} figures in {args.dir / 'figures'}")
     return OK if rows or not has_rows else NOTHING
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from dlaccel.bench.kernel_times import Pair
 from dlaccel.bench.results import Row
 from dlaccel.bench.summary import LOSS, eager_ms
 
@@ -64,12 +65,19 @@ def png(figure: Any, path: Any) -> None:
     figure.savefig(path, format="png", dpi=150, facecolor="white")
 
 
+def close(figure: Any) -> None:
+    from matplotlib import pyplot
+
+    pyplot.close(figure)
+
+
 def _plain_log_axis(axis: Any) -> None:
-    """1, 2, 5, 10, 20, ... in plain numbers."""
+    """1, 2, 5, 10, 20, ... in plain numbers, or 1, 10, 100, ... over more than three decades. Set the limits before."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=12))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
@@ -193,15 +201,39 @@ def roofline(rows: Sequence[Row], title: str) -> Any:
             ax.plot(intensities, [min(peak, bandwidth * i) for i in intensities], color=INK, ls=line, lw=1, label=label)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        _plain_log_axis(ax.xaxis)
-        _plain_log_axis(ax.yaxis)
         points = [(r.flops or 0) / (r.bytes or 1) for r in rows]
         ridge = peak / cache  # where the roofs meet; shown, so that the picture says which side a point is on
         ax.set_xlim(min(*points, ridge) / 2, max(*points, peak / memory) * 2)
         ax.set_ylim(bottom=0.5 * min(1e3 * (r.tflops or 0) for r in rows))
+        _plain_log_axis(ax.xaxis)
+        _plain_log_axis(ax.yaxis)
         ax.set_xlabel("FLOP per byte of least traffic")
         ax.set_ylabel("GFLOP/s")
         ax.grid(lw=0.4, alpha=0.4)
         ax.legend(loc="lower right", fontsize=8)
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def predicted(pairs: Sequence[Pair], title: str) -> Any:
+    """Measured against predicted times of kernels, both logarithmic, with the diagonal where the model is right."""
+    if not pairs:
+        return None
+    ops = sorted({pair.measured.op for pair in pairs})
+    with style() as plt:
+        figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
+        for i, op in enumerate(ops):
+            found = [pair for pair in pairs if pair.measured.op == op]
+            x, y = [1e3 * pair.predicted_ms for pair in found], [1e3 * pair.measured.median_ms for pair in found]
+            ax.plot(x, y, ls="", marker="osD^vPX"[i % 7], ms=5, alpha=0.8, color=(COLOURS["dlaccel"], *OTHERS)[i % 9], label=op)
+        times = [1e3 * t for pair in pairs for t in (pair.predicted_ms, pair.measured.median_ms)]
+        ends = (min(times) / 1.5, max(times) * 1.5)
+        ax.plot(ends, ends, color=INK, lw=1, label="measured = predicted")
+        for axis, name in ((ax.xaxis, "predicted, us"), (ax.yaxis, "measured, us")):
+            axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": ends, f"{axis.axis_name}label": name})
+            _plain_log_axis(axis)
+        ax.set_aspect("equal")
+        ax.grid(lw=0.4, alpha=0.4)
+        ax.legend(loc="upper left", fontsize=8)
         figure.suptitle(title, fontsize=11)
     return figure

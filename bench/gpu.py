@@ -2,8 +2,8 @@
 
 Each step takes at most `--budget` seconds (default 540), does the units that matter most first, and continues where the last
 call stopped: a unit that succeeded on this commit is not run again, and `bench run` resumes row by row. Results lie in
-bench/results/<device>/, to be committed: bench.jsonl, claims.jsonl, verify.json, and steps.jsonl, which says how each unit
-ended.
+bench/results/<device>/, to be committed: bench.jsonl, kernels.jsonl, claims.jsonl, verify.json, and steps.jsonl, which says how
+each unit ended.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def units(step: str, out: Path) -> list[Unit]:
         "bench": lambda: [
             compiled,
             Unit("goal rows", _bench(*run, "--preset", "default"), resumes=True),
+            Unit("kernels", _python("-m", "dlaccel.bench.kernel_times", "--budget", BUDGET, "--out", str(out)), resumes=True),
             verify,
             Unit("everything", _bench(*run, "--preset", "full"), resumes=True),
         ],

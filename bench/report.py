@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlaccel.bench import figures, results, summary, verify
+from dlaccel.bench import figures, kernel_times, results, summary, verify
 from dlaccel.bench.results import Row
 
 RECORDED = Path(__file__).parent / "results"  # rows of other machines that come with dlaccel
@@ -84,8 +84,6 @@ def draw(rows: Sequence[Row], folder: Path, prefix: str) -> list[Figure]:
     """Every figure of one machine's rows."""
     if figures.problem():
         return []
-    from matplotlib import pyplot
-
     rows = [row for row in rows if row.allocator != "default"] or list(rows)
     known = dict(facts(rows))
     where = ", ".join(
@@ -106,26 +104,83 @@ def draw(rows: Sequence[Row], folder: Path, prefix: str) -> list[Figure]:
     for dtype in sorted({row.dtype for row in rows}, reverse=True):
         chosen = [row for row in rows if row.dtype == dtype]
         wanted.append((f"roofline-{dtype}", f"Roofline, {dtype}", figures.roofline(chosen, f"dlaccel, {dtype}")))
+    return _saved(wanted, folder, prefix, f"{where}, {date}")
+
+
+def _saved(wanted: Sequence[tuple[str, str, Any]], folder: Path, prefix: str, where: str) -> list[Figure]:
+    """(name, title, figure) for the page, and as PNG files in `folder`. A picture on its own says where it comes from."""
     drawn = []
     for name, title, figure in wanted:
         if figure is None:
             continue
         svg = figures.svg(figure, prefix + name)
-        figure.text(0.005, 0.003, f"{where}, {date}", fontsize=5)  # a picture on its own says where it comes from
+        figure.text(0.005, 0.003, where, fontsize=5)
         figures.png(figure, folder / f"{prefix}{name}.png")
-        pyplot.close(figure)
-        drawn.append(Figure(f"{title} ({where}, {date})", svg, f"figures/{prefix}{name}.png"))
+        figures.close(figure)
+        drawn.append(Figure(f"{title} ({where})", svg, f"figures/{prefix}{name}.png"))
     return drawn
 
 
-def recorded() -> dict[str, list[Row]]:
-    """Rows that came with dlaccel, by folder of bench/results."""
+def recorded(out: Path) -> dict[str, list[Row]]:
+    """Rows that came with dlaccel, by folder of bench/results; not those of `out`."""
     found = {}
-    for folder in sorted(p for p in RECORDED.glob("*") if p.is_dir()):
+    for folder in sorted(p for p in RECORDED.glob("*") if p.is_dir() and p.resolve() != out.resolve()):
         rows, _ = results.read_all(sorted(folder.glob("bench*.jsonl")))
         if rows:
             found[folder.name] = rows
     return found
+
+
+@dataclass
+class Predicted:
+    """Kernels of one GPU, measured beside predicted."""
+
+    gpu: str
+    where: str
+    means: list[tuple[str, float, int]]
+    table: list[tuple[str, ...]]
+    figures: list[Figure]
+
+
+def kernel_pairs(out: Path) -> tuple[list[kernel_times.Pair], list[str]]:
+    """Kernels measured in `out` or in what came with dlaccel, beside their predictions, and what could not be read."""
+    measured: dict[Any, kernel_times.KernelTime] = {}
+    problems = []
+    for path in dict.fromkeys(p.resolve() for p in (*sorted(RECORDED.glob(f"*/{kernel_times.FILE}")), out / kernel_times.FILE)):
+        rows, bad = kernel_times.read(path)
+        measured |= {(row.gpu, row.launch): row for row in rows}
+        problems += bad
+    return kernel_times.pairs(measured.values()), problems
+
+
+def kernel_lines(out: Path) -> list[str]:
+    """For the terminal."""
+    return [
+        f"{gpu}, {op}: measured {mean:.2f} x predicted, geometric mean of {n} kernels"
+        for gpu, op, mean, n in kernel_times.means(kernel_pairs(out)[0])
+    ]
+
+
+def predicted(out: Path, folder: Path) -> tuple[list[Predicted], list[str]]:
+    """Of each GPU with kernels measured beside predicted, and what could not be read."""
+    pairs, problems = kernel_pairs(out)
+    found = []
+    for i, gpu in enumerate(dict.fromkeys(pair.measured.gpu for pair in pairs)):
+        mine = [pair for pair in pairs if pair.measured.gpu == gpu]
+        commits = {pair.measured.git_sha[:12] for pair in mine} - {""}
+        dates = {pair.measured.time_utc[:10] for pair in mine}
+        where = ", ".join(filter(None, [gpu, *sorted(commits), *sorted(dates)]))
+        drawn: list[tuple[str, str, Any]] = []
+        if figures.problem() is None:
+            title = "Kernels, measured against predicted"
+            drawn = [("kernels", title, figures.predicted(mine, f"{title}, {gpu}"))]
+        found.append(
+            Predicted(
+                gpu, where, [(op, mean, n) for _, op, mean, n in kernel_times.means(mine)],
+                [kernel_times.cells(pair) for pair in mine], _saved(drawn, folder, f"k{i}-", where),
+            )
+        )  # fmt: skip
+    return found, problems
 
 
 def claims(out: Path) -> tuple[str, list[str]]:
@@ -152,14 +207,16 @@ def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
     for row in rows:
         groups.setdefault(row.gpu or row.cpu, []).append(row)
     here = [machine(name, found, folder, f"m{i}-") for i, (name, found) in enumerate(sorted(groups.items()))]
-    others = [machine(f"{name} (recorded)", kept, folder, f"{name}-") for name, kept in recorded().items()]
+    others = [machine(f"{name} (recorded)", kept, folder, f"{name}-") for name, kept in recorded(out).items()]
+    kernels, unread = predicted(out, folder)
     claim_section, bad = claims(out)
     found, absent, made_on = verify.read(out / "verify.json")
     providers, lines = verify.grid(found)
     wrong = [f for f in found if f.outcome == verify.WRONG]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     page = environment.get_template("report.html").render(
-        machines=here, recorded=others, headers=summary.HEADERS, problems=[*problems, *bad], loss=summary.LOSS,
+        machines=here, recorded=others, headers=summary.HEADERS, problems=[*problems, *unread, *bad],
+        loss=summary.LOSS, kernels=kernels, kernel_headers=kernel_times.HEADERS,
         claims=claim_section, figure_problem=figures.problem(), providers=providers, lines=lines, wrong=wrong,
         absent=absent, made_on=made_on,
     )  # fmt: skip

@@ -18,7 +18,21 @@ import torch
 from torch import Tensor
 
 from dlaccel.bench import __main__ as cli
-from dlaccel.bench import compare, figures, gate, gpu, report, results, run, summary, timing, verify, worker
+from dlaccel.bench import (
+    compare,
+    figures,
+    gate,
+    gpu,
+    kernel_times,
+    model,
+    report,
+    results,
+    run,
+    summary,
+    timing,
+    verify,
+    worker,
+)  # fmt: skip
 from dlaccel.bench.case import Case, normal
 from dlaccel.bench.ceilings import Ceilings
 from dlaccel.bench.claims.row import Row as ClaimRow
@@ -559,6 +573,96 @@ def test_report_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.M
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path)]) == cli.USAGE
     assert "neither bench*.jsonl nor claims.jsonl" in capsys.readouterr().err
+
+
+# ---- measured beside predicted --------------------------------------------------------------------------------------
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def kernel_rows(count: int = 40, factor: float = 1.5) -> list[kernel_times.KernelTime]:
+    """Made-up times: `factor` x the committed predictions."""
+    predicted = list(kernel_times.predictions(H100).items())[:count]
+    return [
+        kernel_times.KernelTime(
+            op=op, case=case, dtype=dtype, kernel=kernel, nth=nth, samples_ms=[row["predicted_us"] * factor / 1e3] * 3,
+            median_ms=row["predicted_us"] * factor / 1e3, gpu=H100, git_sha="0123456789abcdef", time_utc="2026-01-02T03:04:05",
+        )
+        for (op, case, dtype, kernel, nth), row in predicted
+    ]  # fmt: skip
+
+
+def test_report_sets_measured_kernels_beside_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RECORDED", tmp_path / "recorded")
+    out = tmp_path / "out"
+    nothing = report.write(out, rows_to_show(), []).read_text()
+    assert "No GPU run is recorded" in nothing and not list((out / "figures").glob("k*"))
+
+    rows = kernel_rows()
+    unknown = replace(rows[0], kernel="of_another_time_kernel")
+    elsewhere = replace(rows[1], gpu="NVIDIA T4")
+    with results.Writer(tmp_path / "recorded" / "h100" / kernel_times.FILE) as file:
+        for row in (*rows, unknown, elsewhere):
+            file.write(asdict(row))
+    with (tmp_path / "recorded" / "h100" / kernel_times.FILE).open("a") as file:
+        file.write('{"op": ')
+    page = report.write(out, rows_to_show(), []).read_text()
+    assert "No GPU run is recorded" not in page
+    assert H100 in page and "0123456789ab, 2026-01-02" in page and "1.50" in page
+    assert f"geometric mean of {len(rows)} kernels" in page
+    assert "of_another_time_kernel" not in page and "T4" not in page
+    assert f"kernels.jsonl:{len(rows) + 3}: not a kernel" in page
+    one, row = rows[0], kernel_times.predictions(H100)[rows[0].launch]
+    assert one.kernel in page and f"{row['predicted_us']:.4g}" in page and f"{1.5 * row['predicted_us']:.4g}" in page
+    if figures.problem() is None:
+        assert (out / "figures" / "k0-kernels.png").stat().st_size > 10_000
+
+
+def test_what_was_measured_keeps_its_prediction(tmp_path: Path) -> None:
+    """`inspect --predict` never rewrites a prediction after the fact: kernel times count as measured."""
+    one = kernel_rows(1)[0]
+    with results.Writer(tmp_path / "h100" / kernel_times.FILE) as file:
+        file.write(asdict(one))
+    assert model._measured_ops(model.GPUS["H100"], tmp_path) == {one.op}
+    assert model._measured_ops(model.GPUS["H200"], tmp_path) == set()
+
+
+def test_launches_of_equal_calls_are_told_apart() -> None:
+    events = [("b", 3.0, 30.0), ("a", 1.0, 10.0), ("memset", 0.0, 1.0), ("a", 2.0, 20.0), ("a", 5.0, 11.0), ("a", 6.0, 21.0),
+              ("b", 7.0, 31.0)]  # fmt: skip
+    found = kernel_times.by_launch(events, {"a", "b"}, calls=2)
+    assert found == {("a", 0): [10.0, 11.0], ("a", 1): [20.0, 21.0], ("b", 0): [30.0, 31.0]}
+    with pytest.raises(RuntimeError, match="a: 3 launches in 2 calls"):
+        kernel_times.by_launch(events[:-2], {"a"}, calls=2)
+
+
+def test_kernel_times_resume_and_a_case_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted = {key: row for key, row in kernel_times.predictions(H100).items() if key[0] in ("linear_relu", "cross_entropy")}
+    cases = list(dict.fromkeys(key[:3] for key in predicted))
+    asked: list[tuple[str, str]] = []
+
+    def step(case: Case, dtype: torch.dtype) -> Any:
+        asked.append((str(case), str(dtype)))
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return str(case)
+
+    kernels = {key[3] for key in predicted}
+    monkeypatch.setattr(kernel_times, "training_step", step)
+    monkeypatch.setattr(
+        kernel_times, "profiled", lambda call, rounds: [(k, float(i), 5.0) for k in kernels for i in range(rounds)]
+    )
+    path, everything = tmp_path / kernel_times.FILE, ["linear_relu", "cross_entropy"]
+    environment = {"gpu": H100, "git_sha": "sha", "cpu": "not a field"}
+    count, problems = kernel_times.measure(predicted, path, everything, 2e9 * 10, environment)
+    assert problems == [f"{'/'.join(cases[1][:2])} {cases[1][2]}: OutOfMemoryError: no room"]
+    rows, bad = kernel_times.read(path)
+    assert len(rows) == count and not bad and {row.launch[:3] for row in rows} == {*cases} - {cases[1]}
+    assert rows[0].median_ms == pytest.approx(0.005) and rows[0].gpu == H100
+    kernel_times.measure(predicted, path, everything, 2e9 * 10, environment)
+    assert len(asked) == len(cases) + 1, "only what failed is measured again"
+    count, problems = kernel_times.measure(predicted, path, everything, 0.0, environment | {"git_sha": "next"})
+    assert count == 0 and problems == [f"the budget is used; {len(cases)} of {len(cases)} cases are left"]
 
 
 # ---- steps of a GPU machine -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -107,7 +108,7 @@ def _run(args: argparse.Namespace, path: Path, kept: Sequence[Row]) -> bool:
                 print(f"budget used up; claims {', '.join(map(str, plan[before:]))} are left for --resume", file=sys.stderr)
                 break
             rows: list[Row] = []
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), _cpu_seconds()
 
             def progress(note: str, done: float, number: int = number, before: int = before) -> None:
                 bar(f"claim {number}: {note}", before + done)
@@ -121,12 +122,20 @@ def _run(args: argparse.Namespace, path: Path, kept: Sequence[Row]) -> bool:
                 for row in module.run(args.preset, args.device, progress):
                     write(row)
                     rows.append(row)
+                book, note = lab.Notebook(number, args.preset), f"{_cpu_seconds() - cpu:.1f} s of CPU time"
                 seconds = time.perf_counter() - start
-                write(lab.Notebook(number, args.preset).measured(rows[0].id, FINISHED, seconds, "s", lab.machine(args.device)))
+                rows.append(book.measured(rows[0].id, FINISHED, seconds, "s", lab.machine(args.device), note=note))
+                write(rows[-1])
             except KeyboardInterrupt:
                 return True
             _print(report.text(module, rows))
     return False
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _print(text: str) -> None:
