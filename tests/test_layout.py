@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dlaccel.bench.case import families
 from dlaccel.ops._register import REGISTRY
@@ -64,7 +65,7 @@ def test_both_backends_have_the_same_signature(op: str) -> None:
         pytest.skip(f"{op} has no Triton kernel by declaration")
     torch_side, triton_side = (getattr(declaration.floor(b), op) for b in ("torch", "triton"))
     assert inspect.signature(torch_side) == inspect.signature(triton_side)
-    schema_names = [a.name for a in __import__("torch").ops.dlaccel.__getattr__(op).default._schema.arguments]
+    schema_names = [a.name for a in getattr(torch.ops.dlaccel, op).default._schema.arguments]
     assert list(inspect.signature(torch_side).parameters) == schema_names
 
 
