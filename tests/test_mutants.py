@@ -36,12 +36,14 @@ def test_names_are_unique(op: str) -> None:
         ("return a + b", "return b + a", "survived"),
         ("return a + b", "return a +", "broken"),
         ("return a + b", "import os; os.abort()", "killed"),
+        ("return a + b", "while True: pass", "killed"),
         ("return a * b", "return a", "stale"),
         ("a", "b", "stale"),
     ],
 )
 def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, verdict: str) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # starts faster
+    monkeypatch.setattr("tests.mutants.__main__.CPU_S", 4)
     source = "def add(a, b):\n    return a + b\n"
     (tmp_path / "code_.py").write_text(source)
     (tmp_path / "test_code.py").write_text("from code_ import add\ndef test_add(): assert add(1, 2) == 3\n")

@@ -12,6 +12,7 @@ import queue
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS, BEGIN, END = ROOT / "docs" / "testing.md", "<!-- mutants -->", "<!-- /mutants -->"
 RESULTS = ROOT / "build" / "mutants.jsonl"
 COPIED = ("bench", "dlaccel", "examples", "kernels", "tests", "pyproject.toml", "setup.py", "constraints.txt", "README.md")
-TIMEOUT_S = 900  # an endless loop is a kill
+CPU_S, TIMEOUT_S = 900, 7200  # an endless loop is a kill, by CPU time: a busy machine is none; waiting for nothing is broken
 UNCHANGED = "(unchanged)"
 
 
@@ -55,11 +56,14 @@ def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[str, str, str]:
     env = {**os.environ, **wide, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join([str(tree), *_python_path()])}
     options = ["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", "--color=no", "-o", "faulthandler_timeout=0"]
     for arguments in tests:
-        command = [sys.executable, "-m", "pytest", *options, *shlex.split(arguments)]
+        limit = ("sh", "-c", f'ulimit -t {CPU_S}; exec "$@"', "sh")
+        command = [*limit, sys.executable, "-m", "pytest", *options, *shlex.split(arguments)]
         try:
             run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            return "killed", arguments, f"did not end within {TIMEOUT_S} s"
+            return "broken", arguments, f"did not end within {TIMEOUT_S} s"
+        if run.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return "killed", arguments, f"did not end within {CPU_S} s of CPU time"
         if run.returncode < 0:
             return "killed", arguments, f"the process died of signal {-run.returncode}"
         if run.returncode == 1:
