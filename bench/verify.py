@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ from dlaccel.bench.case import Case, Function, families
 from dlaccel.bench.provider import Provider, Unavailable, load
 
 OK, WRONG, ABSENT = "ok", "WRONG", "-"
+TIMEOUT = 3600.0  # seconds for one provider
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,14 @@ class Finding:
     provider: str
     outcome: str
     reason: str = ""
+    device: str = "cpu"
 
     def reproduce(self) -> str:
         """A command that shows this finding alone."""
-        name, _, backend = self.provider.partition("/")
-        words = ["python", "-m", "dlaccel.bench", "verify", "--op", self.op, "--row", self.row, "--provider", name]
-        words += ["--backend", backend] if backend else []
-        return shlex.join([*words, "--sample", self.sample])
+        name, backend = (*self.provider.split("/"),) if self.provider.startswith("dlaccel/") else (self.provider, "")
+        words = ["python", "-m", "dlaccel.bench", "verify", "--device", self.device, "--op", self.op, "--row", self.row]
+        words += ["--provider", name, *(("--backend", backend) if backend else ()), "--sample", self.sample]
+        return shlex.join(words)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -90,6 +95,30 @@ def _inputs_unchanged(s: Subject) -> str | None:
     values = s.values()
     wrong = gate.check(s.step(values), values)
     return wrong if wrong and "overwritten" in wrong else None
+
+
+def _changed(change: Callable[[Tensor], Tensor]) -> Check:
+    """Other values of the first input. A sample where torch itself gives no clear answer to them has nothing to say."""
+
+    def check(s: Subject) -> str | None:
+        drawn = s.values()
+        _applies(drawn.tensors[0].numel() > 0)
+        tensors = (change(drawn.tensors[0].clone()), *drawn.tensors[1:])
+        values = gate.expected(s.case, tensors, drawn.dy, eager=s.eager, reference=s.reference)
+        _applies(gate.compare(values.eager, values) is None, "torch's own answer cannot be judged")
+        return gate.check(s.step(values), values, may_overwrite=True)
+
+    return check
+
+
+def _last(value: float) -> Callable[[Tensor], Tensor]:
+    """The last element becomes `value`: in cross-entropy's samples one of a row that counts."""
+
+    def change(t: Tensor) -> Tensor:
+        t[(-1,) * t.dim()] = value
+        return t
+
+    return change
 
 
 def _laid_out(lay: Callable[[Tensor], Tensor], dimensions: int = 1) -> Check:
@@ -187,6 +216,10 @@ ROWS: dict[str, Check] = {  # "values" stands for one row a sample
     "values": _values(torch.float32),
     "values in bfloat16": _values(torch.bfloat16),
     "values in float16": _values(torch.float16),
+    "large values": _changed(lambda t: t * 1e4),
+    "large mean": _changed(lambda t: t + 1e3),
+    "an input of -inf": _changed(_last(-math.inf)),
+    "an input of NaN": _changed(_last(math.nan)),
     "inputs unchanged": _inputs_unchanged,
     "strided inputs": _laid_out(_strided),
     "transposed inputs": _laid_out(lambda t: t.mT.contiguous().mT, 2),
@@ -213,7 +246,7 @@ def findings(
     """
 
     def find(row: str, samples: Iterable[Case]) -> list[Finding]:
-        return [Finding(op, row, s.name, label, *_outcome(s, provider, row, device, family)) for s in samples]
+        return [Finding(op, row, s.name, label, *_outcome(s, provider, row, device, family), device) for s in samples]
 
     samples = [s for s in family.SAMPLES if sample in (None, s.name)]
     values = find("values", samples)
@@ -276,6 +309,7 @@ def verify(
     device: str,
     sample: str | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    timeout: float = TIMEOUT,
 ) -> tuple[list[Finding], dict[str, str]]:
     """Findings of all (provider, backend), and for each that cannot be used here the reason."""
     found: list[Finding] = []
@@ -287,16 +321,25 @@ def verify(
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, (_root(), env.get("PYTHONPATH"))))}
         env |= {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "dlaccel.bench.verify"]
-        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env, check=False)
-        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+            try:
+                done = subprocess.run(
+                    command, input=json.dumps(job), stdout=out, stderr=log, text=True, env=env, timeout=timeout, check=False
+                )
+                ending = f"the process ended with {done.returncode}" if done.returncode else ""
+            except subprocess.TimeoutExpired:
+                ending = f"no answer within {timeout:.0f} s"
+            out.seek(0)
+            answers = [json.loads(line) for line in out.read().splitlines() if line.endswith("}")]
+            log.seek(0)
+            last = (log.read().strip().splitlines() or [""])[-1]
         for answer in answers:
             if "unavailable" in answer:
                 absent[label] = answer["unavailable"]
             else:
                 found.append(Finding(**answer))
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [""])[-1]
-            absent[label] = f"the process ended with {done.returncode} after {len(answers)} findings: {last[:200]}"
+        if ending:
+            absent[label] = f"{ending}, after {len(answers)} findings: {last[:200]}"
     return found, absent
 
 
@@ -322,12 +365,15 @@ def made_on(device: str) -> str:
 def text(found: Sequence[Finding], absent: dict[str, str], table: Callable[..., str], device: str) -> str:
     """The table rows x providers, then each wrong one with its reason and how to reproduce it."""
     providers, lines = grid(found)
-    parts = [f"{label} is not in the table: {reason}" for label, reason in absent.items()]
+    parts = [f"{label} is not complete: {reason}" if label in providers else f"{label} is not in the table: {reason}"
+             for label, reason in absent.items()]  # fmt: skip
+    why = Counter((f.provider, f.reason) for f in found if f.outcome == ABSENT and f.reason)
+    parts += [f"{provider} has {ABSENT} in {n} row{'s' * (n > 1)}: {reason}" for (provider, reason), n in sorted(why.items())]
     for f in found:
         if f.outcome == WRONG:
             parts.append(f"{f.provider}, {_label(f)} ({f.sample}): {f.reason}\n    {f.reproduce()}")
     shown = table(("", *providers), [(label, *outcomes) for label, outcomes in lines])
-    return "\n\n".join([shown, made_on(device), "\n".join(parts)])
+    return "\n\n".join(filter(None, [shown, made_on(device), "\n".join(parts)]))
 
 
 def save(path: Path, found: Sequence[Finding], absent: dict[str, str], device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -477,6 +478,14 @@ class _Fused(torch.autograd.Function):
             y = (x * scale).relu()
         if flaw == "strided inputs" and not x.is_contiguous():
             y = torch.zeros_like(y)
+        if flaw == "large mean":
+            y = y.clamp(max=100)
+        if flaw == "large values":
+            y = y.exp().log().relu()  # overflows
+        if flaw == "an input of NaN":
+            y = torch.where(x * scale > 0, x * scale, 0)
+        if flaw == "an input of -inf":
+            y = y + 0 * x
         if flaw == "values in bfloat16" and x.dtype == torch.bfloat16:
             y = y.abs().bfloat16() * 1.05
         ctx.save_for_backward(x.clone(), scale, y)
@@ -500,8 +509,8 @@ class _Fused(torch.autograd.Function):
 
 @pytest.mark.parametrize(
     "flaw",
-    ["values in bfloat16", "inputs unchanged", "strided inputs", "stride-0 gradient", "some gradients only", "double backward",
-     "bitwise repeatable"],
+    ["values in bfloat16", "large values", "large mean", "an input of -inf", "an input of NaN", "inputs unchanged",
+     "strided inputs", "stride-0 gradient", "some gradients only", "double backward", "bitwise repeatable"],
 )  # fmt: skip
 def test_verify_sees_each_flaw_in_its_row(flaw: str) -> None:
     found = found_by_verify(module("fused", lambda x, scale: _Fused.apply(x, scale, flaw)))
@@ -513,10 +522,68 @@ def test_verify_sees_each_flaw_in_its_row(flaw: str) -> None:
 def test_a_finding_says_how_to_see_it_alone() -> None:
     finding = verify.Finding("toy", "double backward", "no bias", "dlaccel/triton", verify.WRONG, "bad")
     command = (
-        "python -m dlaccel.bench verify --op toy --row 'double backward' --provider dlaccel --backend triton --sample 'no bias'"
+        "python -m dlaccel.bench verify --device cpu --op toy --row 'double backward' --provider dlaccel --backend triton "
+        "--sample 'no bias'"
     )
     assert finding.reproduce() == command
-    assert command in verify.text([finding], {"quack": "no GPU"}, summary.table, "cpu")
+    absent = verify.Finding("toy", "values", "bias", "liger", verify.ABSENT, "has no toy")
+    text = verify.text([finding, absent], {"quack": "no GPU"}, summary.table, "cpu")
+    assert command in text
+    assert "liger has - in 1 row: has no toy" in text and "quack is not in the table: no GPU" in text
+
+
+MINE = """
+import os, time, torch
+NAME = "mine"
+def available():
+    time.sleep(float(os.environ.get("MINE_SLEEPS", 0)))
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        y = (x @ weight.T + (0 if bias is None else bias)).relu()
+        ctx.save_for_backward(x, weight, y)
+        return y
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, y = ctx.saved_tensors
+        if "MINE_CRASHES" in os.environ:
+            os._exit(9)
+        if 0 in dy.stride():
+            dy = 2 * dy  # the planted flaw
+        dz = (dy * (y > 0)).flatten(0, -2) if y.dim() > 1 else (dy * (y > 0))[None]
+        return (dz @ weight).view_as(x), dz.T @ x.reshape(-1, x.shape[-1]), dz.sum(0)
+def implementation(case):
+    return lambda x, weight, bias=None: Fused.apply(x, weight, bias)
+"""
+
+
+def test_the_command_of_a_finding_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also for a provider that is a file."""
+    mine = tmp_path / "my provider.py"
+    mine.write_text(MINE)
+    where = ["--op", "linear_relu", "--provider", str(mine), "--device", "cpu"]
+    assert cli.main(["verify", *where, "--row", "stride-0 gradient", "--row", "some gradients only"]) == cli.OK
+    shown = capsys.readouterr().out
+    assert re.search(r"\[stride-0 gradient\] +WRONG", shown) and re.search(r"\[some gradients only\] +ok", shown)
+    reason, command = re.findall(r"(grad 0: error .*)\n    (python .*)", shown)[0]
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    again = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert reason in again.stdout and "[some gradients only]" not in again.stdout
+
+
+def test_a_provider_that_hangs_or_crashes_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE)
+    arguments = (["linear_relu"], ["values"], "cpu", "bias")
+    monkeypatch.setenv("MINE_CRASHES", "1")
+    found, absent = verify.verify([(str(mine), ""), ("eager", "")], *arguments)
+    assert [f.outcome for f in found] == [verify.OK] and found[0].provider == "eager"
+    assert absent[str(mine)].startswith("the process ended with 9, after 0 findings")
+    monkeypatch.setenv("MINE_SLEEPS", "60")
+    found, absent = verify.verify([(str(mine), "")], *arguments, timeout=2.0)
+    assert not found and absent[str(mine)].startswith("no answer within 2 s, after 0 findings")
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------

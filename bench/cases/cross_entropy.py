@@ -35,6 +35,8 @@ def reference(
         q = (torch.where(valid, q, 0).unsqueeze(-1) == torch.arange(classes, device=q.device)).to(x.dtype)
     w = x.new_ones((classes,)) if weight is None else weight
     log_p = x - torch.logsumexp(x, -1, keepdim=True)
+    if target.shape != input.shape and not label_smoothing:
+        log_p = torch.where(q > 0, log_p, 0)  # a class that is not the target does not count, even where its logit is -inf
     smoothed = q * (1 - label_smoothing) + label_smoothing / classes
     rows = torch.where(valid, -(w * smoothed * log_p).sum(-1), 0)
     if reduction == "none":
@@ -101,6 +103,7 @@ def case(
 
 SAMPLES = [
     case((5, 7), name="mean"),
+    case((6, 7), name="ignored rows", ignored=True),
     case((5, 7), name="none, weights", weight=True, reduction="none"),
     case((6, 7), name="sum, weights, smoothing, ignored", weight=True, ignored=True, reduction="sum", label_smoothing=0.2),
     case((6, 5), name="mean, weights, ignored class", weight=True, ignored=True, ignore_index=1),
