@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,35 @@ def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
     return list(asked)
 
 
+def check_providers(names: Iterable[str]) -> None:
+    for name in names:
+        if not (name.endswith(".py") and Path(name).is_file()):
+            choose("provider", [name], provider.names())
+        try:
+            provider.load(name)
+        except Exception as error:  # the file of a user
+            raise UsageError(f"provider {name}: {type(error).__name__}: {error}") from None
+
+
+def check_device(name: str) -> None:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device")
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
 def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]  # names of cases contain spaces
 
@@ -72,11 +102,8 @@ def selection(args: argparse.Namespace) -> tuple[run.Selection, dict[str, Module
     for name in args.case:
         if not any(name in known_name for known_name in names):
             choose("case", [name], sorted(str(case) for case in cases))
-    for name in args.provider:
-        if not (name.endswith(".py") and Path(name).is_file()):
-            choose("provider", [name], provider.names())
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device")
+    check_providers(args.provider)
+    check_device(args.device)
     return run.Selection(
         preset=args.preset,
         ops=ops,
@@ -90,30 +117,52 @@ def selection(args: argparse.Namespace) -> tuple[run.Selection, dict[str, Module
     ), known
 
 
-def bar(items: Iterable[Item], describe: Callable[[Item], str] = str) -> Iterator[Item]:
+def bar(items: Iterable[Item], describe: Callable[[Item], str] = str, total: int | None = None) -> Iterator[Item]:
     """A progress bar on standard error, where tqdm is installed."""
-    items = list(items)
+    if total is None:
+        items = list(items)
+        total = len(items)
     try:
         from tqdm import tqdm
     except ImportError:
         for i, item in enumerate(items, start=1):
-            print(f"[{i}/{len(items)}] {describe(item)}", file=sys.stderr)
+            print(f"[{i}/{total}] {describe(item)}", file=sys.stderr)
             yield item
         return
-    with tqdm(total=len(items), disable=None, dynamic_ncols=True) as shown:
+    with tqdm(total=total, disable=None, dynamic_ncols=True) as shown:
         for item in items:
             shown.set_postfix_str(describe(item))
             yield item
             shown.update()
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def preset_lines(known: dict[str, ModuleType]) -> Iterator[tuple[str, ...]]:
+    """For `list`: what each preset measures, and about how long it takes on a CPU."""
+    for name in run.PRESETS:
+        for device in ("cpu", "cuda"):
+            chosen = run.Selection(preset=name, device=device)
+            by_op = chosen.seconds(known)
+            rows, cases = chosen.rows(known), sum(map(len, chosen.chosen(known).values()))
+            time = "; ".join(f"{op} {duration(seconds)}" for op, seconds in by_op.items())
+            estimate = (duration(sum(by_op.values())), time) if device == "cpu" else ("", "not yet run on a GPU")
+            yield (name, device, str(cases), str(rows), *estimate)
+
+
 def do_list(args: argparse.Namespace) -> int:
-    what = choose("list", args.what, ("ops", "cases", "providers", "claims")) or ["ops", "providers", "claims"]
+    kinds = ("ops", "presets", "cases", "providers", "claims")
+    what = choose("list", args.what, kinds) or [kind for kind in kinds if kind != "cases"]
     known = families()
     if "ops" in what:
         print(summary.table(("op", "cases", "goal rows", "samples"), [
             (op, str(len(f.CASES)), str(sum("goal" in c.tags for c in f.CASES)), str(len(f.SAMPLES))) for op, f in known.items()
         ]), end="\n\n")  # fmt: skip
+    if "presets" in what:
+        print(summary.table(("preset", "device", "cases", "rows", "about", "on two free cores"), [*preset_lines(known)]))
+        print("rows of providers that are not installed take no time; torch.compile adds seconds to a minute a row\n")
     if "cases" in what:
         print(summary.table(("case", "layout", "modes", "dtypes", "devices", "tags"), [
             (str(c), c.layout, " ".join(c.modes), " ".join(c.dtypes), " ".join(c.devices), " ".join(sorted(c.tags)))
@@ -138,7 +187,7 @@ def do_run(args: argparse.Namespace) -> int:
         rows = run.run(
             chosen, known, args.out, resume=args.resume, budget=args.budget, threads=args.threads, clock=args.clock,
             precision="tf32" if args.tf32 else "ieee", seed=args.seed,
-            progress=lambda plan: bar(plan, lambda item: f"{item[0]} {item[1]}"),
+            progress=lambda items, total: bar(items, lambda item: f"{item[0]} {item[1]}", total),
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is in {path}, and --resume continues", file=sys.stderr)
@@ -146,6 +195,8 @@ def do_run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"cannot write {path}: {error.strerror or error}; what was written before is kept", file=sys.stderr)
         return USAGE
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     print(summary.text(rows), end="\n\n")
     print(f"{len(rows)} rows in {path}")
     return exit_code(rows)
@@ -157,9 +208,8 @@ def do_verify(args: argparse.Namespace) -> int:
     rows = choose("row", args.row, verify.ROWS) or list(verify.ROWS)
     if args.sample is not None:
         choose("sample", [args.sample], dict.fromkeys(s.name for op in ops for s in known[op].SAMPLES))
-    for name in args.provider:
-        if not (name.endswith(".py") and Path(name).is_file()):
-            choose("provider", [name], provider.names())
+    check_providers(args.provider)
+    check_device(args.device)
     names = args.provider or [name for name in provider.names() if not name.startswith("compile")]  # minutes of compiling
     backends = [args.backend] if args.backend else ["torch", "triton"]
     pairs = [(name, backend) for name in names for backend in (backends if name == "dlaccel" else [""])]
@@ -184,6 +234,8 @@ def do_compare(args: argparse.Namespace) -> int:
     before, after = (load(compare.find(what, args.out)) for what in (args.before, args.after))
     if unlike := compare.differences(before, after):
         print("error: these runs cannot be compared:\n  " + "\n  ".join(unlike), file=sys.stderr)
+        if any(line.startswith(("threads", "clock")) for line in unlike):
+            print("a run takes --threads and --clock, whatever the load", file=sys.stderr)
         return USAGE
     changes = compare.compare(before, after)
     print(summary.table(compare.HEADERS, [compare.cells(change) for change in changes]), end="\n\n")
@@ -253,19 +305,24 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
             )
 
     sub = verb("list", "ops, cases, providers and claims; for what is not available, why", do_list)
-    sub.add_argument("what", nargs="*", help="ops, cases, providers, claims (default: all but cases)")
+    sub.add_argument("what", nargs="*", help="ops, presets, cases, providers, claims (default: all but cases)")
 
     sub = verb("run", "check, then time", do_run)
     many(sub, "op", "case", "provider", "dtype", "layout", "mode", "allocator")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    sub.add_argument("--preset", choices=tuple(run.PRESETS), default="default", help="how much to measure (default: default)")
     sub.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="begin nothing new after this; the most valuable rows come first"
+        "--preset", choices=tuple(run.PRESETS), default="default", help="how much to measure (default: default); `list presets`"
+    )
+    sub.add_argument(
+        "--budget",
+        type=positive,
+        metavar="SECONDS",
+        help="begin nothing new after this; shared by all ops, the most valuable rows first",
     )
     sub.add_argument("--resume", action="store_true", help="keep the rows in DIR and measure what is missing")
     sub.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     sub.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products, for every provider")
-    sub.add_argument("--threads", type=int, help="default: all cores on a quiet machine, else 1")
+    sub.add_argument("--threads", type=count, help="default: all cores on a quiet machine, else 1")
     sub.add_argument("--clock", choices=tuple(timing.CLOCKS), help="default: wall on a quiet machine, else thread (CPU only)")
     sub.add_argument("--seed", type=int, default=0)
 
@@ -315,9 +372,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    except FileNotFoundError as error:
+    except BrokenPipeError:  # `| head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except OSError as error:  # no such file, full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return USAGE
+    except ImportError as error:
+        print(f"error: {args.verb} needs a package that is not here ({error}): pip install 'dlaccel[bench]'", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from dlaccel.bench.case import Case, Function
 from dlaccel.bench.results import package_version
 
 FOLDER = Path(__file__).parent / "providers"
+NOT_HERE = "not here: "  # begins the reason of a row whose provider is not installed or cannot run on this machine
 
 
 class Unavailable(Exception):

@@ -21,7 +21,7 @@ import torch
 from dlaccel.bench import ceilings, gate, timing
 from dlaccel.bench.case import Case, families
 from dlaccel.bench.ceilings import Ceilings
-from dlaccel.bench.provider import Provider, Unavailable, load
+from dlaccel.bench.provider import NOT_HERE, Provider, Unavailable, load
 from dlaccel.bench.results import Row, now
 
 CONTROL = "control"  # eager's second place in each round
@@ -107,7 +107,10 @@ def _group(
     first_call: dict[str, float] = {}
     for p in providers:
         row = replace(base, provider=p.name, provider_version=p.version)
-        if reason := p.available() or p.unsupported(mode, base.dtype, base.device):
+        if reason := p.available():
+            yield replace(row, reason=NOT_HERE + reason)
+            continue
+        if reason := p.unsupported(mode, base.dtype, base.device):
             yield replace(row, reason=reason)
             continue
         try:

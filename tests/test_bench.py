@@ -34,7 +34,7 @@ from dlaccel.bench import (
     verify,
     worker,
 )  # fmt: skip
-from dlaccel.bench.case import Case, normal
+from dlaccel.bench.case import Case, families, normal
 from dlaccel.bench.ceilings import Ceilings
 from dlaccel.bench.claims.row import Row as ClaimRow
 from dlaccel.bench.claims.row import dump
@@ -304,7 +304,7 @@ def test_unplugging_a_provider_changes_nothing_else(bench: Callable[..., list[Ro
     for row in alone:
         assert status[row.provider, row.mode] == (row.status, row.reason) == ("passed", "")
     assert status["missing", "fwd"] == ("unavailable", "has no toy")
-    assert status["broken", "fwd"] == ("unavailable", "ImportError: libfoo.so not found")
+    assert status["broken", "fwd"] == ("unavailable", "not here: ImportError: libfoo.so not found")
     assert status["half", "train"] == ("unavailable", "has no train, only fwd") and status["half", "fwd"][0] == "passed"
 
 
@@ -388,6 +388,110 @@ def test_verdicts() -> None:
     text = summary.text([row(2.0), replace(row(0.5), case="d"), replace(row(9.0), case="e", status="suspect")])
     assert "dlaccel: toy float32 fwd on cpu: 1.00x over 2 rows" in text
     assert "Losing rows of dlaccel (ratio below 0.95): 1\n  toy/d" in text
+
+
+def test_a_resumed_run_is_timed_as_it_began(
+    bench: Callable[..., list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run itself made the machine busy; timed in another way its rows could not be compared."""
+    cases = [make_case("a"), make_case("b")]
+    with pytest.raises(KeyboardInterrupt):
+        bench({}, *cases, stop_after=1, clock="wall", threads=2)
+    monkeypatch.setattr(timing, "clock_and_threads", lambda device: ("thread", 1))
+    resumed = bench({}, *cases, resume=True)
+    assert {(row.clock, row.threads) for row in resumed} == {("wall", 2)} and len(resumed) == 4
+    other = bench({}, *cases, resume=True, clock="thread")
+    assert {(row.clock, row.threads) for row in other} == {("thread", 1)}, "unless asked for"
+
+
+def test_what_is_not_here_is_asked_again_only_once_it_is(
+    bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here: list[str | None] = ["import foo: ModuleNotFoundError"]
+    foo = {"foo": Provider(SimpleNamespace(NAME="foo", available=lambda: here[0], implementation=lambda case: eager))}  # type: ignore[arg-type]
+    asked: list[str] = []
+    monkeypatch.setattr(worker, "rows", lambda *args, f=worker.rows: (asked.append(args[1].name), f(*args))[1])
+    case = make_case(modes=("fwd",))
+    bench(foo, case)
+    bench(foo, case, resume=True)
+    assert asked == ["24x16"]
+    here[0] = None
+    run._available.cache_clear()
+    rows = bench(foo, case, resume=True)
+    assert asked == ["24x16"] * 2 and {row.provider: row.status for row in rows} == {"eager": "passed", "foo": "passed"}
+    run._available.cache_clear()
+
+
+def test_a_budget_is_shared_by_all_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    seconds = {"slow": 10.0, "fast": 3.0, "middle": 5.0}
+    plan = {op: [(replace(make_case(f"{i}"), op=op), "tuned") for i in range(9)] for op in seconds}
+    spent = dict.fromkeys(seconds, 0.0)
+    order = []
+    for case, _ in run.turns(plan):
+        order.append(case)
+        now[0] += seconds[case.op]
+        spent[case.op] += seconds[case.op]
+        if now[0] > 60:
+            break
+    assert max(spent.values()) - min(spent.values()) <= max(seconds.values())
+    for op in seconds:
+        names = [case.name for case in order if case.op == op]
+        assert names == sorted(names) and names[0] == "0", "the most valuable first"
+    assert sum(1 for _ in run.turns(plan)) == 27
+
+
+def test_presets_measure_what_matters_first() -> None:
+    known = families()
+    for device in ("cpu", "cuda"):
+        sizes = {}
+        for preset in run.PRESETS:
+            chosen = run.Selection(preset=preset, device=device)
+            sizes[preset] = {str(case) for cases in chosen.chosen(known).values() for case in cases}
+            assert all(chosen.plan(known).values()), "every op has rows"
+            assert chosen.rows(known) == sum(
+                len(chosen.wanted(case)) for items in chosen.plan(known).values() for case, _ in items
+            )
+        assert sizes["quick"] < sizes["default"] < sizes["full"]
+    goals = {str(case) for f in known.values() for case in f.CASES if "goal" in case.tags}
+    cpu, cuda = (run.Selection(device=device).chosen(known) for device in ("cpu", "cuda"))
+    assert goals <= {str(case) for cases in cpu.values() for case in cases}
+    for op, cases in cpu.items():
+        assert "goal" in cases[0].tags, op
+        assert "cpu" not in cuda[op][0].devices, f"{op}: on a GPU its own sizes first"
+    seconds = {preset: sum(run.Selection(preset=preset).seconds(known).values()) for preset in run.PRESETS}
+    assert seconds["quick"] < 4 * 60 < seconds["default"] < 40 * 60 < seconds["full"]
+
+
+def test_the_next_process_is_started_in_advance_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, ended = [], []
+
+    def start(env: dict[str, str]) -> Any:
+        lines = iter([json.dumps({"gbps": {}, "gflops": {}}) + "\n"])
+        pipe = SimpleNamespace(write=lambda text: None, close=lambda: None)
+        started.append(SimpleNamespace(stdin=pipe, stdout=lines, wait=lambda: 0, kill=lambda: None))
+        return started[-1], SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(run.Workers, "_start", staticmethod(start))
+    monkeypatch.setattr(run.Workers, "_end", staticmethod(lambda process, log: ended.append(process)))
+    for device, many in (("cpu", 3), ("cuda", 4)):
+        started.clear()
+        ended.clear()
+        with run.Workers() as workers:
+            for _ in range(3):
+                assert list(workers(worker.Job(environment={"device": device, "threads": 1}, allocator="cuda"))) == [
+                    {"gbps": {}, "gflops": {}}
+                ]
+        assert len(started) == many and ended == started, "none is left behind"
+
+
+def test_a_process_that_is_killed_says_so(tmp_path: Path) -> None:
+    job = worker.Job(op="linear_relu", case="8x8x8", environment={"device": "cpu"}, wanted=[("float32", "fwd", "dlaccel")])
+    with run.Workers(timeout=0.2) as workers, pytest.raises(RuntimeError, match=r"no answer within 0 s"):
+        list(workers(replace(job, environment={"device": "cpu", "threads": 1})))
+    with run.Workers() as workers, pytest.raises(RuntimeError, match="the process ended with 1: KeyError: 'precision'"):
+        list(workers(replace(job, environment={"device": "cpu", "threads": 1})))
 
 
 # ---- compare --------------------------------------------------------------------------------------------------------
@@ -800,14 +904,50 @@ def test_options_take_several_names_by_comma_or_repeated() -> None:
         (["run", "--provider", "egaer"], "unknown provider 'egaer' (did you mean 'eager'?); known: dlaccel, eager"),
         (["run", "--mode", "sideways"], "unknown mode 'sideways'; known: fwd, bwd, train, dgrad, wgrad"),
         (["run", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (["run", "--op", "linear_relu", "--mode", "dgrad"], "nothing to measure on cpu"),
+        (["run", "--case", "8192x8192x8192", "--device", "cpu"], "nothing to measure on cpu"),
+        (["run", "--provider", "{broken}"], "SyntaxError"),
+        (["verify", "--provider", "{broken}"], "SyntaxError"),
+        (["compare", "nowhere", "nowhere"], "nowhere: neither a file or folder of results nor a baseline"),
+        (["report", "nowhere"], "nowhere: neither bench*.jsonl nor claims.jsonl here"),
         (["list", "everything"], "unknown list 'everything'"),
         (["verify", "--op", "linear_relu", "--row", "value"], "unknown row 'value' (did you mean 'values'?)"),
         (["verify", "--op", "linear_relu", "--sample", "huge"], "unknown sample 'huge'"),
     ],
 )
-def test_bad_arguments_list_what_is_valid(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(arguments) == cli.USAGE
+def test_bad_arguments_list_what_is_valid(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("def")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "bench.jsonl").write_text("{}")
+    assert cli.main([word.replace("{broken}", "broken.py") for word in arguments]) == cli.USAGE
     assert message in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["bench.jsonl"], "the last run's rows stay where they are"
+
+
+@pytest.mark.parametrize("option", [["--budget", "0"], ["--budget", "-5"], ["--threads", "0"], ["--budget", "soon"]])
+def test_options_that_make_no_sense(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", *option])
+    assert stopped.value.code == cli.USAGE
+    assert f"argument {option[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ImportError("no jinja2")])
+@pytest.mark.parametrize("verb", [["report"], ["verify"], ["baseline", "show"]])
+def test_no_verb_ends_in_a_traceback(
+    verb: list[str], error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    for name in ("do_report", "do_verify", "do_baseline"):
+        monkeypatch.setattr(cli, name, fails)
+    code = cli.main(verb)
+    assert code == (cli.INTERRUPTED if isinstance(error, KeyboardInterrupt) else cli.USAGE)
+    assert ("interrupted" if isinstance(error, KeyboardInterrupt) else str(error)) in capsys.readouterr().err
 
 
 def test_every_verb_without_triton_and_gpu(tmp_path: Path) -> None:
