@@ -110,7 +110,8 @@ def meta_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def launches(op: str, case: Case | str, dtype: torch.dtype, target: str, backward: bool = True) -> list[Launch]:
-    """What the Triton kernels would start for a call on `target` ("sm_90"): the forward, then the backward for all gradients.
+    """What the Triton kernels would start for a call on `target` ("sm_90"): the forward, the backward for all gradients, and the
+    kernels that only a call without gradients starts.
 
     op: a function of dlaccel.functional. case: of bench/cases/<op>.py, or its name. Raises NoKernel where they do not take it.
     """
@@ -124,6 +125,10 @@ def launches(op: str, case: Case | str, dtype: torch.dtype, target: str, backwar
         wanted = [t for t in tensors if t.requires_grad]
         if backward and wanted:
             torch.autograd.grad(y, wanted, torch.empty_like(y), allow_unused=True)
+            known, end = {x.name for x in recorded}, len(recorded)
+            with torch.no_grad():
+                case.call(implementation(op), *tensors)
+            recorded[end:] = [x for x in recorded[end:] if x.name not in known]
     return recorded
 
 

@@ -258,7 +258,8 @@ class SeparableConv2d(torch.nn.Module):
     """A depthwise, then a 1x1 convolution, as `dlaccel.functional.separable_conv2d`; input (N, C, H, W) or (C, H, W).
 
     The submodules are `depthwise` (a `DepthwiseConv2d` without bias, with depth_multiplier filters a channel) and `pointwise`
-    (a 1x1 `torch.nn.Conv2d`, which has the bias): the state_dict is that of the same torch modules under those names.
+    (a 1x1 `torch.nn.Conv2d`, which has the bias): the state_dict is that of the same torch modules under those names. Under
+    `torch.no_grad` both convolutions may be one operator, and the submodules are not called.
 
     >>> layer = SeparableConv2d(32, 64, 3, padding=1)
     """
@@ -283,8 +284,11 @@ class SeparableConv2d(torch.nn.Module):
         self.pointwise = torch.nn.Conv2d(mid, out_channels, 1, bias=bias, **where)
 
     def forward(self, input: Tensor) -> Tensor:
-        result: Tensor = self.pointwise(self.depthwise(input))
-        return result
+        dw, pw = self.depthwise, self.pointwise
+        if torch.is_grad_enabled():
+            result: Tensor = pw(dw(input))
+            return result
+        return F.separable_conv2d(input, dw.weight, pw.weight, pw.bias, dw.stride, dw.padding, dw.dilation)
 
 
 class DepthwiseSeparableBlock(torch.nn.Module):

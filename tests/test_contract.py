@@ -112,11 +112,15 @@ class Calls(TorchDispatchMode):
 
 
 def calls_of(f: Bound, tensors: list[Tensor], g: Tensor | None = None) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operators of a call and its gradients; then those that only a call without gradients uses."""
     with Calls() as calls:
         y = f(*tensors)
         g = torch.randn_like(y, requires_grad=True) if g is None else g
         torch.autograd.grad(y, tensors, g, create_graph=True, allow_unused=True)
-    return calls.seen
+    with Calls() as inference, torch.no_grad():
+        f(*tensors)
+    known = {op for op, _ in calls.seen}
+    return calls.seen + [(op, args) for op, args in inference.seen if op not in known]
 
 
 def leaves(tree: Any) -> list[Any]:

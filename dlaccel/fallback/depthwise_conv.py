@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlaccel.memory_format import empty, suggests_channels_last
+from dlaccel.memory_format import empty, finished, suggests_channels_last
 
 MAX_PADDING = 6  # of oneDNN's fast kernels
 SMALL = 2**17  # multiply-adds of a forward, below which being an operator costs more than the faster gradients save
@@ -52,14 +52,6 @@ def _onednn(t: Tensor) -> bool:
 
 def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _finished(t: Tensor, channels_last: bool) -> Tensor:
-    """t as a fresh tensor, with the strides of the fake also where a size of 1 leaves them open."""
-    _, c, h, w = t.shape
-    if t.stride() == ((c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)) and not t._is_view():
-        return t
-    return empty(t, t.shape, channels_last).copy_(t)
 
 
 def _never_returns(x: Tensor, weight: Tensor, padding: Ints) -> bool:
@@ -105,13 +97,13 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Int
     channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
     if _onednn(x):
         x = _repeated(x, weight.shape[0] // x.shape[1], channels_last)
-        return _finished(_conv(x, weight, bias, stride, padding, dilation, channels_last), channels_last)
+        return finished(_conv(x, weight, bias, stride, padding, dilation, channels_last), channels_last)
     top, bottom, left, right = padding
     groups = x.shape[1]
     if (top, left) != (bottom, right):
         x = F.pad(x, (left, right, top, bottom))
         top = left = 0
-    return _finished(F.conv2d(x, weight, bias, stride, (top, left), dilation, groups), channels_last)
+    return finished(F.conv2d(x, weight, bias, stride, (top, left), dilation, groups), channels_last)
 
 
 def _native(dy: Tensor, x: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, mask: list[bool]) -> Tensor:
@@ -189,7 +181,7 @@ def depthwise_conv2d_dgrad(
     multiplier = weight.shape[0] // c
     if not _dgrad_by_convolution(dy, weight.shape[2:], multiplier, stride, padding, dilation, channels_last):
         x = empty(dy, shape, channels_last)
-        return _finished(_native(dy, x, weight, stride, padding, dilation, [True, False, False]), channels_last)
+        return finished(_native(dy, x, weight, stride, padding, dilation, [True, False, False]), channels_last)
     reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     before = [reach[d] - padding[2 * d] for d in (0, 1)]
     if max(stride) > 1:
@@ -201,7 +193,7 @@ def depthwise_conv2d_dgrad(
     dx = _conv(dy, weight.flip(2, 3), None, (1, 1), pads, dilation, channels_last)
     if multiplier > 1:
         dx = dx.unflatten(1, (c, multiplier)).sum(2)
-    return _finished(dx, channels_last)
+    return finished(dx, channels_last)
 
 
 def _row_parts(
@@ -235,7 +227,7 @@ def depthwise_conv2d_wgrad(
     if not _wgrad_by_convolution(dy, (kh, kw), dilation, channels_last):
         weight = x.new_empty(shape)
         x, dy = (t.contiguous(memory_format=_format(channels_last)) for t in (x, dy))
-        return _finished(_native(dy, x, weight, stride, padding, dilation, [False, True, False]), channels_last)
+        return finished(_native(dy, x, weight, stride, padding, dilation, [False, True, False]), channels_last)
     # aten adds up by blocks, and is most accurate for wide kernels, least in channels_last: there the whole image will do.
     terms = TERMS // 2 if kh * kw >= 150 else dy.numel() if channels_last else TERMS
     dw = x.new_zeros(shape, dtype=torch.float32)
@@ -249,7 +241,7 @@ def depthwise_conv2d_wgrad(
             images = x_rows.reshape(1, n * filters, *x_rows.shape[2:])
             products = _conv(images, dy_rows.reshape(n * filters, 1, *dy_rows.shape[2:]), None, dilation, pads, stride, False)
             dw += products[0, :, first : first + kh, :kw].reshape(n, *shape).sum(0, dtype=torch.float32)
-    return _finished(dw.to(x.dtype), channels_last)
+    return finished(dw.to(x.dtype), channels_last)
 
 
 def explain(name: str, *args: Any) -> str:

@@ -1,0 +1,209 @@
+"""Depthwise-separable convolution in one kernel, for inference: y = act(W act(depthwise(x) + b1) + b2).
+
+    mid[n, c, i, j] = act(b1[c] + sum over kh, kw of x[n, c // m, i SH - PH + kh DH, j SW - PW + kw DW] dw[c, kh, kw])
+    y[n, f, i, j]   = act(b2[f] + sum over c of mid[n, c, i, j] pw[f, c])            act none, ReLU or ReLU6
+
+Shapes: x (N, C, H, W), dw (C m, 1, KH, KW), b1 (C m,), pw (F, C m, 1, 1), b2 (F,), y (N, F, OH, OW); any strides. mid is rounded
+to x's dtype, as by two operators. FLOPs: 2 N OH OW C m (KH KW + F). Nothing is saved: the gradients need mid, which training
+therefore leaves to two operators.
+
+A program owns ROWS image rows, T columns and FILTERS filters. It goes through the channels in blocks: slides along the image
+rows as kernels/depthwise_conv.py does, which leaves T tiles of mid in registers, and multiplies each by the block's pointwise
+weights on the tensor cores. mid never goes to memory.
+
+**When one kernel pays.** Two kernels move x + 2 mid + y elements, one moves x + y: programs that share x are neighbours, it
+comes from the L2. But every block of FILTERS filters computes mid again. Counted in compiled code (bf16, sm_90, stride 1), an
+element of mid takes about 3 KH KW + 14 thread-instructions here (41 at 3x3, 87 at 5x5, 161 at 7x7), in the depthwise kernel
+2 KH KW + 8. An H100 issues 8.9 of them in the time in which it moves a byte (0.8 of 33.5e12/s over 0.9 of 3.35e12/s). So with
+s bytes an element, in units of one instruction,
+
+    one kernel   max(8.9 s (x + y), blocks (3 KH KW + 14) mid)
+    two          max(8.9 s (x + mid), (2 KH KW + 8) mid) + 8.9 s (mid + y)
+
+and one kernel runs where that is GAIN times shorter: for x = mid = y at 3x3 and up to 256 filters (1.75 times in bfloat16 by
+this model), in TF32 also at 5x5; not at 5x5 in bfloat16. Two kernels run otherwise, and in contiguous tensors, whose rows no
+program could read in pieces of 16 bytes; in float32 without TF32, which the vendor's library multiplies at the rate of the
+hardware; for more than 9 taps in a line; and for grids that leave multiprocessors idle. `explain` says which. It is a model:
+not yet run on a GPU.
+"""
+
+# ruff: noqa: RUF005  (Triton concatenates tuples, it does not unpack them)
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dlaccel.memory_format import empty, finished, suggests_channels_last
+
+from . import config, depthwise_conv
+from .batch_norm import activated
+from .config import Config, Target, cdiv, power_of_two
+from .depthwise_conv import UNROLLED_TAPS, forward_line
+from .launch import launch
+
+Ints = Sequence[int]
+
+ISSUED_PER_BYTE = 8.9  # thread-instructions that an H100 issues in the time of a byte of memory traffic
+GAIN = 1.25
+TWO_KERNELS: Config = {}
+
+
+@config.choice("separable_conv.forward")
+def forward_config(
+    target: Target, dtype: torch.dtype, direct: bool, rows: int, width: int, inputs: int, channels: int, filters: int,
+    kernel_height: int, kernel_width: int,
+) -> Config:  # fmt: skip
+    """rows, width: image rows of y in all images, and their length; inputs: elements of x; channels: of the depthwise result.
+
+    direct: the kernel reads in pieces of 16 bytes and multiplies on tensor cores. TWO_KERNELS: it does not pay.
+    """
+    if kernel_width > UNROLLED_TAPS:
+        return TWO_KERNELS
+    if target.interpreted:
+        return {"ROWS": 16, "T": 2, "CHANNELS": 16, "FILTERS": 16}
+    one = _blocks(dtype, power_of_two(filters, 16, 256))
+    programs = cdiv(rows, one["ROWS"]) * cdiv(width, one["T"]) * cdiv(filters, one["FILTERS"])
+    if not direct or programs < target.sms:
+        return TWO_KERNELS
+    taps, mid, outputs = kernel_height * kernel_width, rows * width * channels, rows * width * filters
+    moved = ISSUED_PER_BYTE * dtype.itemsize
+    one_kernel = max(moved * (inputs + outputs), cdiv(filters, one["FILTERS"]) * (3 * taps + 14) * mid)
+    two = max(moved * (inputs + mid), (2 * taps + 8) * mid) + moved * (mid + outputs)
+    return one if GAIN * one_kernel < two else TWO_KERNELS
+
+
+def _blocks(dtype: torch.dtype, filters: int) -> Config:
+    channels = 64 if dtype.itemsize == 2 and filters <= 128 else 32
+    return {"ROWS": 16, "T": 4, "CHANNELS": channels, "FILTERS": filters, "num_warps": 8 if filters > 128 else 4}
+
+
+def forward_candidates(target: Target, dtype: torch.dtype, direct: bool, *sizes: int) -> list[Config]:
+    if not direct or sizes[-1] > UNROLLED_TAPS:
+        return []
+    filters = power_of_two(sizes[4], 16, 256)
+    blocks = [_blocks(dtype, f) for f in (filters, filters // 2) if f >= 16]
+    return [TWO_KERNELS, *blocks, *({**b, "CHANNELS": 96 - b["CHANNELS"]} for b in blocks)]
+
+
+forward_config.candidates = forward_candidates
+
+
+@triton.jit
+def separable_forward_kernel(
+    x, dw, db, pw, pb, y, images, channels, filters, x_height, x_width, height, width,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_yn, stride_yf, stride_yh, stride_yw,
+    stride_dwc, stride_dwh, stride_dww, stride_db, stride_pwf, stride_pwc, stride_pb,
+    KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    MULTIPLIER: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, T: tl.constexpr, CHANNELS: tl.constexpr, FILTERS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    filter_blocks, segments = tl.cdiv(filters, FILTERS), tl.cdiv(width, T)
+    program = tl.program_id(0)
+    f = (program % filter_blocks * FILTERS + tl.arange(0, FILTERS))[None, :]
+    start = program // filter_blocks % segments * T
+    rows = (program // filter_blocks // segments * ROWS + tl.arange(0, ROWS))[:, None]
+    n, h, inside = rows // height, rows % height, rows < images * height
+    zero = tl.zeros((ROWS, 1), dtype=tl.int32)
+    out = ()
+    for _ in tl.static_range(T):
+        out = out + (tl.zeros((ROWS, FILTERS), dtype=ACCUMULATOR),)
+    # Not pipelined: every tap's load would get a buffer in shared memory.
+    for first in tl.range(0, channels, CHANNELS, num_stages=1):
+        c = first + tl.arange(0, CHANNELS)
+        valid = (c < channels)[None, :]
+        mid = ()
+        for _ in tl.static_range(T):
+            mid = mid + (tl.zeros((ROWS, CHANNELS), dtype=ACCUMULATOR),)
+        image = x + n.to(tl.int64) * stride_xn + (c // MULTIPLIER).to(tl.int64)[None, :] * stride_xc
+        taps = dw + c.to(tl.int64)[None, :] * stride_dwc
+        for kh in tl.range(0, KH, num_stages=1):
+            xh = h * STRIDE_H - PAD_H + kh * DILATION_H
+            mid = forward_line(
+                mid, image + xh.to(tl.int64) * stride_xh, taps + kh * stride_dwh, start * STRIDE_W - PAD_W, x_width, stride_xw,
+                stride_dww, inside & valid & (xh >= 0) & (xh < x_height), valid, zero, KW, STRIDE_W, DILATION_W, T, ACCUMULATOR,
+            )  # fmt: skip
+        weights = pw + f.to(tl.int64) * stride_pwf + c.to(tl.int64)[:, None] * stride_pwc
+        weights = tl.load(weights, mask=(f < filters) & (c < channels)[:, None], other=0.0)
+        added = ()
+        for t in tl.static_range(T):
+            z = mid[t]
+            if db is not None:
+                z += tl.load(db + c.to(tl.int64) * stride_db, mask=c < channels, other=0.0).to(ACCUMULATOR)[None, :]
+            z = activated(z, ACTIVATION).to(x.dtype.element_ty)
+            added = added + (tl.dot(z, weights, out[t], input_precision=PRECISION, out_dtype=ACCUMULATOR),)
+        out = added
+    line = y + n.to(tl.int64) * stride_yn + h.to(tl.int64) * stride_yh + f.to(tl.int64) * stride_yf
+    for t in tl.static_range(T):
+        z = out[t]
+        if pb is not None:
+            z += tl.load(pb + f.to(tl.int64) * stride_pb, mask=f < filters, other=0.0).to(ACCUMULATOR)
+        z = activated(z, ACTIVATION).to(y.dtype.element_ty)
+        mask = inside & (start + t + zero < width) & (f < filters)
+        tl.store(line + (start + t).to(tl.int64) * stride_yw, z, mask=mask)
+
+
+def _chosen(
+    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: Ints, padding: Ints, dilation: Ints
+) -> tuple[bool, list[int], str, tuple[Any, ...]]:
+    """(channels_last, height and width of y, precision, arguments of forward_config)."""
+    channels_last = any(suggests_channels_last(t) for t in (x, depthwise_weight, pointwise_weight))
+    kernel = depthwise_weight.shape[2:]
+    height, width = (
+        (x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    )
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    direct = channels_last and x.stride(1) == 1 and (x.element_size() == 2 or tf32)
+    sizes = (direct, x.shape[0] * height, width, x.numel(), *pointwise_weight.shape[1::-1], *kernel)
+    return channels_last, [height, width], "tf32" if tf32 else "ieee", (x.device, x.dtype, *sizes)
+
+
+def separable_conv2d(
+    x: Tensor, depthwise_weight: Tensor, depthwise_bias: Tensor | None, pointwise_weight: Tensor, bias: Tensor | None,
+    stride: Ints, padding: Ints, dilation: Ints, activation: str | None,
+) -> Tensor:  # fmt: skip
+    channels_last, size, precision, asked = _chosen(x, depthwise_weight, pointwise_weight, stride, padding, dilation)
+    filters, channels = pointwise_weight.shape[:2]
+    chosen = forward_config(*asked)
+    if chosen == TWO_KERNELS:
+        mid = depthwise_conv.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+        y = torch.conv2d(_activated_(mid, activation), pointwise_weight, bias)
+        return finished(_activated_(y, activation), channels_last)
+    y = empty(x, (x.shape[0], filters, *size), channels_last)
+    geometry = {
+        name + axis: values[d]
+        for name, values in (("K", depthwise_weight.shape[2:]), ("STRIDE_", stride), ("PAD_", padding[::2]), ("DILATION_", dilation))
+        for d, axis in enumerate("HW")
+    }
+    programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])
+    launch(
+        separable_forward_kernel, (programs,), x, depthwise_weight, depthwise_bias, pointwise_weight, bias, y,
+        x.shape[0], channels, filters, *x.shape[2:], *size, *x.stride(), *y.stride(),
+        depthwise_weight.stride(0), *depthwise_weight.stride()[2:], _stride(depthwise_bias), *pointwise_weight.stride()[:2],
+        _stride(bias), **geometry, MULTIPLIER=channels // x.shape[1], ACTIVATION=activation, PRECISION=precision,
+        ACCUMULATOR=tl.float64 if x.dtype == torch.float64 else tl.float32, **chosen,
+    )  # fmt: skip
+    return y
+
+
+def _activated_(t: Tensor, activation: str | None) -> Tensor:
+    return t if activation is None else t.relu_() if activation == "relu" else torch.nn.functional.hardtanh_(t, 0.0, 6.0)
+
+
+def _stride(bias: Tensor | None) -> int:
+    return 1 if bias is None else bias.stride(0)
+
+
+def explain(name: str, x: Tensor, depthwise_weight: Tensor, *args: Any) -> str:
+    _, pointwise_weight, _, stride, padding, dilation, _ = args
+    *_, asked = _chosen(x, depthwise_weight, pointwise_weight, stride, padding, dilation)
+    chosen, source = forward_config(*asked), forward_config.source(*asked)
+    if chosen == TWO_KERNELS:
+        return f"depthwise_forward_kernel, then the vendor library's 1x1 convolution, {source}"
+    return f"separable_forward_kernel, {config.written(chosen)}, {source}"
