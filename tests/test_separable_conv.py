@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import dlaccel
 import dlaccel.functional as F
-from dlaccel.bench.cases.separable_conv2d import eager, reference
+from dlaccel.bench.cases import depthwise_conv2d
+from dlaccel.bench.cases.separable_conv2d import eager, pointwise, reference
 from dlaccel.nn import DepthwiseSeparableBlock, SeparableConv2d
-from tests.kit import DEVICE, LAYOUTS, check
+from dlaccel.ops._register import LAUNCHES
+from tests.kit import DEVICE, LAYOUTS, check, poisoned, sparse
+from tests.strategies import given, st
+from tests.strategies import tensors as drawn_tensors
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+ACTIVATIONS: dict[Any, Any] = {None: lambda t: t, "relu": torch.relu, "relu6": torch.nn.functional.relu6}
 
 
 def torchs_block(channels: int, out: int, kernel: int = 3, stride: int = 1, dilation: int = 1, act: Any = torch.relu) -> Any:
@@ -153,3 +164,291 @@ def test_explain_names_every_operator() -> None:
         found = dlaccel.explain(F.depthwise_separable_block, x, dw, *bn[0], pw, *bn[1], training=True)
     assert found.backend == "torch" and found.kernel.startswith("depthwise_conv2d: aten")
     assert found.kernel.count("; batch_norm") == 2
+
+
+# ---- the operator of inference --------------------------------------------------------------------------------------
+
+
+def operator(
+    x: Tensor, dw: Tensor, b1: Tensor | None, pw: Tensor, b2: Tensor | None, stride: Any = (1, 1), padding: Any = (1, 1),
+    dilation: Any = (1, 1), activation: str | None = None,
+) -> Tensor:  # fmt: skip
+    pads = [padding[0], padding[0], padding[1], padding[1]]
+    y: Tensor = torch.ops.dlaccel.separable_conv2d(x, dw, b1, pw, b2, stride, pads, dilation, activation)
+    return y
+
+
+def by_two(convolutions: Any, *args: Any) -> Tensor:
+    x, dw, b1, pw, b2, stride, padding, dilation, activation = (*args, *((1, 1), (1, 1), (1, 1), None)[len(args) - 5 :])
+    act, (depthwise, mix) = ACTIVATIONS[activation], convolutions
+    y: Tensor = act(mix(act(depthwise(x, dw, b1, stride, padding, dilation)), pw, b2))
+    return y
+
+
+PLAIN = depthwise_conv2d.eager, torch.nn.functional.conv2d
+EXACT = depthwise_conv2d.reference, pointwise
+
+
+def arguments(
+    shape: tuple[int, int, int, int], kernel: tuple[int, int], filters: int, multiplier: int = 1, layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32, biases: bool = True,
+) -> list[Any]:  # fmt: skip
+    mid = shape[1] * multiplier
+    made = [torch.randn(shape), torch.randn(mid, 1, *kernel) / 3, torch.randn(mid), torch.randn(filters, mid, 1, 1) / mid**0.5]
+    made = [t.to(DEVICE, dtype) for t in (*made, torch.randn(filters))]
+    x = made[0].contiguous(memory_format=FORMATS[layout])
+    return [x, made[1], made[2] if biases else None, made[3], made[4] if biases else None]
+
+
+def compare(tensors: list[Any], *options: Any) -> None:
+    present = [t for t in tensors if t is not None]
+
+    def with_none(f: Any) -> Any:
+        def call(*given_tensors: Tensor) -> Any:
+            left = iter(given_tensors)
+            return f(*[None if t is None else next(left) for t in tensors], *options)
+
+        return call
+
+    terms = float(present[0].abs().double().amax()) if present[0].numel() else 1.0
+    weight = float(tensors[1].abs().double().sum((1, 2, 3)).amax() * tensors[3].abs().double().sum(1).amax())
+    check(
+        with_none(operator), with_none(lambda *a: by_two(PLAIN, *a)), present,
+        reference=with_none(lambda *a: by_two(EXACT, *a)), terms=[terms * weight],
+    )  # fmt: skip
+
+
+# shape, kernel, filters, multiplier, stride, padding, dilation: the edges of tiles of 16 rows, 2 columns, 16 channels and filters
+GEOMETRIES: list[tuple[Any, ...]] = [
+    ((2, 3, 8, 5), (3, 3), 5, 1, (1, 1), (1, 1), (1, 1)),
+    ((1, 16, 17, 4), (3, 3), 16, 1, (2, 2), (1, 1), (1, 1)),
+    ((3, 17, 5, 6), (5, 5), 17, 1, (1, 1), (2, 2), (1, 1)),
+    ((2, 9, 6, 7), (3, 2), 33, 2, (2, 3), (0, 1), (1, 2)),
+    ((2, 5, 9, 9), (1, 7), 4, 3, (1, 1), (0, 3), (2, 1)),
+    ((1, 33, 1, 1), (3, 3), 1, 1, (1, 1), (2, 1), (1, 1)),
+    ((2, 2, 9, 12), (3, 10), 3, 1, (1, 1), (1, 1), (1, 1)),  # too wide for one kernel
+    ((0, 3, 4, 5), (3, 3), 2, 1, (1, 1), (1, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_operator(backend: str, geometry: tuple[Any, ...], layout: str) -> None:
+    shape, kernel, filters, multiplier, *options = geometry
+    with poisoned():
+        compare(arguments(shape, kernel, filters, multiplier, layout), *options, "relu6" if kernel == (5, 5) else "relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_operator_dtypes(backend: str, dtype: torch.dtype, activation: str | None) -> None:
+    if DEVICE == "cuda" and backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels do not take float64 on a GPU")
+    options = (1, 1), (1, 1), (1, 1), activation
+    compare(arguments((2, 20, 5, 6), (3, 3), 18, layout="channels_last", dtype=dtype, biases=activation is not None), *options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument", range(5))
+def test_operator_layouts_of_one_argument(backend: str, argument: int, layout: str) -> None:
+    tensors = arguments((2, 3, 5, 6), (3, 3), 4)
+    tensors[argument] = LAYOUTS[layout](tensors[argument])
+    compare(tensors)
+
+
+def test_operator_rounds_the_middle_to_the_inputs_dtype(backend: str) -> None:
+    """As two operators do: 1 + 2^-9 is 1 in bfloat16, and 256 times the difference from 1 is then 0."""
+    x = torch.tensor([1.0, 2.0**-9], device=DEVICE, dtype=torch.bfloat16).view(1, 1, 1, 2)
+    ones = torch.ones(2, 1, 1, 1, device=DEVICE, dtype=torch.bfloat16)
+    dw = torch.cat([torch.ones(1, 1, 1, 2), torch.tensor([[[[1.0, 0.0]]]])]).to(ones)
+    pw = torch.tensor([256.0, -256.0], device=DEVICE, dtype=torch.bfloat16).view(1, 2, 1, 1)
+    y = operator(x, dw, None, pw, None, padding=(0, 0))
+    assert y.item() == 0
+
+
+def test_operator_spreads_nan_to_the_outputs_that_see_it(backend: str) -> None:
+    tensors = arguments((2, 3, 6, 7), (3, 3), 4, layout="channels_last")
+    tensors[0][0, 0, 2, 3], tensors[0][1, 1, 5, 0] = float("nan"), float("inf")
+    tensors[4][1] = float("nan")
+    for activation in ACTIVATIONS:
+        got, want = operator(*tensors, activation=activation), by_two(PLAIN, *tensors, (1, 1), (1, 1), (1, 1), activation)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isfinite(), want.isfinite()), activation
+
+
+@given(st.data())
+def test_operator_fuzz(backend: str, data: Any) -> None:
+    draw, pick = data.draw, st.sampled_from
+    dtype, n, channels, multiplier = (draw(pick(v)) for v in ([torch.float32, torch.float16], [1, 2], [1, 5, 17], [1, 1, 2]))
+    kernel, stride, dilation = ((draw(pick([1, 2, 3])), draw(pick([1, 2, 3]))) for _ in range(3))
+    padding = draw(pick([0, 1, 3])), draw(pick([0, 1, 2]))
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + draw(pick([0, 1, 2, 5])) for d, k, p in zip(dilation, kernel, padding, strict=True)
+    ]
+    mid, filters = channels * multiplier, draw(pick([1, 3, 18]))
+    shapes = [(n, channels, *size), (mid, 1, *kernel), (mid,), (filters, mid, 1, 1), (filters,)]
+    biases = draw(st.booleans()), draw(st.booleans())
+    tensors: list[Any] = [draw(drawn_tensors(shape, dtype)) for shape in shapes]
+    tensors[2], tensors[4] = (t if wanted else None for t, wanted in zip((tensors[2], tensors[4]), biases, strict=True))
+    with poisoned():
+        compare(tensors, stride, padding, dilation, draw(pick([*ACTIVATIONS])))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="maps address space of the CPU")
+@pytest.mark.unchecked("memory", reason="the check holds a copy of the storage, which spans gigabytes")
+@pytest.mark.parametrize("argument, axis", [*itertools.product([0], range(4)), (3, 0), (3, 1)])
+def test_operator_offsets_beyond_32_bits(argument: int, axis: int) -> None:
+    tensors = arguments((3, 3, 4, 4), (3, 3), 3)
+    strides = list(tensors[argument].stride())
+    strides[axis] = 2**30 + 8
+    far = sparse(tensors[argument].shape, strides)
+    far.copy_(tensors[argument])
+    with dlaccel.use_backend("torch"):
+        want = operator(*tensors)
+    with dlaccel.use_backend("triton"):
+        torch.testing.assert_close(operator(*tensors[:argument], far, *tensors[argument + 1 :]), want)
+
+
+def double_arguments() -> list[Tensor]:
+    tensors = arguments((2, 2, 3, 4), (2, 3), 3, 2, dtype=torch.float64)
+    return [t.requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_operator_derivatives(activation: str | None) -> None:
+    """Public functions differentiate two operators; whoever calls this one gets its derivatives all the same."""
+    options = (1, 2), (1, 1), (1, 1), activation
+    with dlaccel.use_backend("torch"):
+        tensors = double_arguments()
+        assert gradcheck(lambda *t: operator(*t, *options), tensors, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(lambda *t: operator(*t, *options), tensors)
+        for subset in itertools.product([False, True], repeat=5):
+            wanted = [t.detach().requires_grad_(w) for t, w in zip(tensors, subset, strict=True)]
+            leaves = [t for t in wanted if t.requires_grad]
+            if leaves:
+                got, want = (
+                    torch.autograd.grad(f(*wanted, *options).square().sum(), leaves)
+                    for f in (operator, lambda *a: by_two(EXACT, *a))
+                )
+                torch.testing.assert_close(got, want)
+
+
+def test_operator_is_batched_and_counted() -> None:
+    with dlaccel.use_backend("torch"):
+        tensors = [t.detach() for t in double_arguments()]
+        stacked = torch.stack([tensors[0], tensors[0].sin()])
+        got = torch.vmap(lambda x: operator(x, *tensors[1:]))(stacked)
+        torch.testing.assert_close(got, torch.stack([operator(x, *tensors[1:]) for x in stacked]))
+        counts = []
+        for f in (operator, lambda *t: by_two(PLAIN, *t)):
+            with FlopCounterMode(display=False) as counter:
+                f(*tensors)
+            counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_runs_one_operator(backend: str, dtype: torch.dtype) -> None:
+    """Without a gradient one, with one two; and on the CPU, where `auto` gains nothing by an operator, aten's."""
+    layer = SeparableConv2d(4, 6, 3, 2, 1, device=DEVICE, dtype=dtype)
+    block = DepthwiseSeparableBlock(4, 6, activation="relu6", device=DEVICE, dtype=dtype).eval()
+    x = torch.randn(2, 4, 7, 6, device=DEVICE, dtype=dtype)
+    for module in (layer, block):
+        with torch.no_grad():
+            LAUNCHES.clear()
+            inferred = module(x), module(x[0]) if module is layer else None
+            assert dict(LAUNCHES) == {("separable_conv2d", backend): 1 + (module is layer)}
+            torch.testing.assert_close(inferred[0], module(x.clone()))
+        LAUNCHES.clear()
+        y = module(x)
+        assert ("separable_conv2d", backend) not in LAUNCHES and y.requires_grad
+        if dtype == torch.float32:
+            torch.testing.assert_close(inferred[0], y)
+        if inferred[1] is not None:
+            torch.testing.assert_close(inferred[1], inferred[0][0])
+    if DEVICE == "cpu":
+        with dlaccel.use_backend("auto"), torch.no_grad():
+            LAUNCHES.clear()
+            layer(x)
+            assert not LAUNCHES
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_two_kernels_where_one_does_not_pay(layout: str) -> None:
+    from dlaccel.kernels import launch
+    from dlaccel.kernels.separable_conv import TWO_KERNELS, forward_config
+
+    tensors = arguments((2, 5, 6, 7), (3, 3), 4, 2, layout)
+    results, started = [], []
+    with dlaccel.use_backend("triton"):
+        for context in (contextlib.nullcontext(), forward_config.using(TWO_KERNELS)):
+            with context:
+                launch.COUNTS.clear()
+                results.append(operator(*tensors, activation="relu"))
+                started.append(dict(launch.COUNTS))
+    if DEVICE == "cpu":
+        assert started[0] == {"separable_forward_kernel": 1}
+    assert started[1] == {"depthwise_forward_kernel": 1}
+    assert results[0].stride() == results[1].stride()
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    "expected, dtype, direct, filters, kernel, images, size",
+    [
+        (True, torch.bfloat16, True, 128, 3, 128, 56),
+        (True, torch.float16, True, 256, 3, 128, 56),
+        (False, torch.bfloat16, True, 257, 3, 128, 56),  # the depthwise result twice
+        (False, torch.bfloat16, True, 128, 5, 128, 56),
+        (True, torch.float32, True, 128, 5, 128, 56),  # TF32
+        (False, torch.float32, True, 128, 7, 128, 56),
+        (False, torch.bfloat16, False, 128, 3, 128, 56),  # contiguous, or float32 without TF32
+        (False, torch.bfloat16, True, 128, 3, 1, 28),  # 14 programs
+        (False, torch.bfloat16, True, 128, 11, 128, 56),
+    ],
+)
+def test_when_one_kernel_pays(
+    expected: bool, dtype: torch.dtype, direct: bool, filters: int, kernel: int, images: int, size: int
+) -> None:
+    from dlaccel.kernels.config import TARGETS
+    from dlaccel.kernels.separable_conv import forward_config
+
+    sizes = direct, images * size, size, images * size * size * 128, 128, filters, kernel, kernel
+    for target in ("sm_80", "sm_90", "gfx942"):
+        if target == "gfx942" and images == 1:
+            continue
+        assert bool(forward_config.static(TARGETS[target], dtype, *sizes)) == expected, target
+
+
+def test_explain_says_which_kernels_run() -> None:
+    from dlaccel.kernels.separable_conv import TWO_KERNELS, forward_config
+
+    x, dw, _, pw, _ = arguments((2, 4, 6, 6), (3, 3), 5)
+    with dlaccel.use_backend("triton"), torch.no_grad():
+        one = dlaccel.explain(F.separable_conv2d, x, dw, pw, padding=1)
+        with forward_config.using(TWO_KERNELS):
+            two = dlaccel.explain(F.separable_conv2d, x, dw, pw, padding=1)
+        with dlaccel.use_backend("torch"):
+            plain = dlaccel.explain(F.separable_conv2d, x, dw, pw, padding=1)
+    if DEVICE == "cpu":
+        assert one.kernel.startswith("separable_forward_kernel, ROWS=")
+    assert two.kernel.startswith("depthwise_forward_kernel, then the vendor library's 1x1")
+    assert plain.kernel.endswith("then aten.convolution 1x1")
+
+
+REFUSALS: list[tuple[dict[int, Any], type[Exception], str]] = [
+    ({4: torch.ones(3)}, RuntimeError, r"bias: expected \(5,\)"),
+    ({3: torch.ones(5, 4, 1, 1).double()}, RuntimeError, "pointwise_weight: expected torch.float32"),
+    ({4: torch.ones(5).double()}, RuntimeError, "bias: expected torch.float32"),
+    ({2: torch.ones(3)}, RuntimeError, r"bias: expected \(4,\)"),
+    ({8: "gelu"}, ValueError, "activation: expected None, 'relu' or 'relu6'"),
+]
+
+
+@pytest.mark.parametrize("changed, error, match", REFUSALS, ids=[match for *_, match in REFUSALS])
+def test_operator_refuses(changed: dict[int, Any], error: type[Exception], match: str) -> None:
+    args: list[Any] = [torch.ones(1, 4, 3, 3), torch.ones(4, 1, 3, 3), None, torch.ones(5, 4, 1, 1), None]
+    args += [(1, 1), (1, 1), (1, 1), None]
+    for i, value in changed.items():
+        args[i] = value
+    with pytest.raises(error, match=match):
+        operator(*args)

@@ -2,7 +2,7 @@
 
 from tests.mutants import Mutant
 
-TESTS = ("tests/test_depthwise_conv.py", "tests/test_contract.py -k depthwise_conv2d")
+TESTS = ("tests/test_depthwise_conv.py", "tests/test_contract.py -k 'depthwise_conv2d and (layouts or gradgradcheck)'")
 
 KERNELS, FALLBACK, OPS = "kernels/depthwise_conv.py", "dlaccel/fallback/depthwise_conv.py", "dlaccel/ops/depthwise_conv.py"
 
