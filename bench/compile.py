@@ -120,7 +120,8 @@ def launches(op: str, case: Case | str, dtype: torch.dtype, target: str, backwar
     if isinstance(case, str):
         case = find_case(op, case)
     tensors = meta_inputs(case, dtype)
-    with config.assume(config.TARGETS[target]), launch.recording() as recorded, _OnKernels():
+    on_target = config.assume(config.TARGETS[target])
+    with on_target, use_backend("triton"), launch.recording() as recorded, _OnKernels():
         y = case.call(implementation(op), *tensors)
         wanted = [t for t in tensors if t.requires_grad]
         if backward and wanted:

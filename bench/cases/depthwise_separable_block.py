@@ -108,7 +108,12 @@ CASES = [
         for c, size, f in ((128, 56, 128), (512, 14, 512))
         for layout in LAYOUTS
     ],
-    *[case(128, c, size, f, s, layout=layout, devices=("cuda",)) for c, size, f, s in BLOCKS for layout in LAYOUTS],
+    *[
+        case(128, c, size, f, s, training=training, layout=layout, devices=("cuda",))
+        for training in (True, False)
+        for c, size, f, s in BLOCKS
+        for layout in LAYOUTS
+    ],
 ]
 
 

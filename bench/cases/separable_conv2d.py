@@ -80,9 +80,9 @@ def case(
     inputs, outputs = n * h * w, n * -(-h // stride) * -(-w // stride)
 
     def traffic(mode: str, itemsize: int) -> int:
-        # The depthwise result is written and read: less only if both convolutions run in one kernel.
-        forward = c * inputs + 2 * mid * outputs + f * outputs
-        return {"fwd": 1, "bwd": 2, "train": 3}[mode] * forward * itemsize
+        # Inference may be one kernel; training writes and reads the depthwise result, which the gradients need.
+        ends, middle = c * inputs + f * outputs, 2 * mid * outputs
+        return {"fwd": ends, "bwd": 2 * (ends + middle), "train": 3 * (ends + middle)}[mode] * itemsize
 
     def flops(mode: str, itemsize: int) -> int:
         return {"fwd": 1, "bwd": 2, "train": 3}[mode] * 2 * outputs * mid * (k * k + f)
