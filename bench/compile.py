@@ -110,8 +110,8 @@ def meta_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def launches(op: str, case: Case | str, dtype: torch.dtype, target: str, backward: bool = True) -> list[Launch]:
-    """What the Triton kernels would start for a call on `target` ("sm_90"): the forward, the backward for all gradients, and the
-    kernels that only a call without gradients starts.
+    """What the Triton kernels would start for a call on `target` ("sm_90"): the forward, the backward for all gradients, and
+    those kernels that only a call without gradients starts.
 
     op: a function of dlaccel.functional. case: of bench/cases/<op>.py, or its name. Raises NoKernel where they do not take it.
     """

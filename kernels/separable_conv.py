@@ -3,9 +3,9 @@
     mid[n, c, i, j] = act(b1[c] + sum over kh, kw of x[n, c // m, i SH - PH + kh DH, j SW - PW + kw DW] dw[c, kh, kw])
     y[n, f, i, j]   = act(b2[f] + sum over c of mid[n, c, i, j] pw[f, c])            act none, ReLU or ReLU6
 
-Shapes: x (N, C, H, W), dw (C m, 1, KH, KW), b1 (C m,), pw (F, C m, 1, 1), b2 (F,), y (N, F, OH, OW); any strides. mid is rounded
-to x's dtype, as by two operators. FLOPs: 2 N OH OW C m (KH KW + F). Nothing is saved: the gradients need mid, which training
-therefore leaves to two operators.
+Shapes: x (N, C, H, W), dw (C m, 1, KH, KW), b1 (C m,), pw (F, C m, 1, 1), b2 (F,), y (N, F, OH, OW); any strides. mid is
+rounded to x's dtype, as by two operators. FLOPs: 2 N OH OW C m (KH KW + F). Training, whose gradients need mid, is left to two
+operators.
 
 A program owns ROWS image rows, T columns and FILTERS filters. It goes through the channels in blocks: slides along the image
 rows as kernels/depthwise_conv.py does, which leaves T tiles of mid in registers, and multiplies each by the block's pointwise
@@ -178,7 +178,12 @@ def separable_conv2d(
     y = empty(x, (x.shape[0], filters, *size), channels_last)
     geometry = {
         name + axis: values[d]
-        for name, values in (("K", depthwise_weight.shape[2:]), ("STRIDE_", stride), ("PAD_", padding[::2]), ("DILATION_", dilation))
+        for name, values in (
+            ("K", depthwise_weight.shape[2:]),
+            ("STRIDE_", stride),
+            ("PAD_", padding[::2]),
+            ("DILATION_", dilation),
+        )
         for d, axis in enumerate("HW")
     }
     programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -218,7 +219,7 @@ def compare(tensors: list[Any], *options: Any) -> None:
     )  # fmt: skip
 
 
-# shape, kernel, filters, multiplier, stride, padding, dilation: the edges of tiles of 16 rows, 2 columns, 16 channels and filters
+# shape, kernel, filters, multiplier, stride, padding, dilation; tiles have 16 rows, 2 columns, 16 channels and filters
 GEOMETRIES: list[tuple[Any, ...]] = [
     ((2, 3, 8, 5), (3, 3), 5, 1, (1, 1), (1, 1), (1, 1)),
     ((1, 16, 17, 4), (3, 3), 16, 1, (2, 2), (1, 1), (1, 1)),
@@ -254,6 +255,18 @@ def test_operator_layouts_of_one_argument(backend: str, argument: int, layout: s
     tensors = arguments((2, 3, 5, 6), (3, 3), 4)
     tensors[argument] = LAYOUTS[layout](tensors[argument])
     compare(tensors)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1)], ids=str)
+def test_operator_memory_formats_are_torchs(backend: str, shape: tuple[int, ...]) -> None:
+    for formats in itertools.product(FORMATS.values(), repeat=3):
+        x, dw, _, pw, _ = arguments(shape, (3, 3), 4)
+        x, dw, pw = (torch.empty_like(t, memory_format=f).copy_(t) for t, f in zip((x, dw, pw), formats, strict=True))
+        y, want = operator(x, dw, None, pw, None), by_two(PLAIN, x, dw, None, pw, None)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = operator(x, dw, None, pw, None)
+        strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (y, want, fake)]
+        assert strides[0] == strides[1] == strides[2], formats
 
 
 def test_operator_rounds_the_middle_to_the_inputs_dtype(backend: str) -> None:

@@ -1,9 +1,9 @@
 """Depthwise-separable convolution, and MobileNet's block of it.
 
-A depthwise convolution filters each channel, a pointwise (1x1) one mixes them. Where somebody may differentiate, both functions
+A depthwise convolution filters each channel, a pointwise (1x1) one mixes them. Where somebody may differentiate, the functions
 are made of several operators: the depthwise convolution, the pointwise one, which is a matrix product and the vendor library's,
-and in the block batch norm with its activation. For inference on a GPU one operator, `separable_conv2d`, does both convolutions,
-with the activations of a block whose batch norms have been folded into the weights:
+and in the block batch norm with its activation. For inference on a GPU one operator does both convolutions, and the activations
+of a block whose batch norms have been folded into the weights:
 
     y = act(pointwise(act(depthwise(x) + depthwise_bias)) + bias)
 

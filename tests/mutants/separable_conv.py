@@ -1,0 +1,61 @@
+"""Mutants of separable_conv2d and of the operator of its inference."""
+
+from tests.mutants import Mutant
+
+TESTS = ("tests/test_separable_conv.py",)
+
+KERNELS, FALLBACK, OPS = "kernels/separable_conv.py", "dlaccel/fallback/separable_conv.py", "dlaccel/ops/separable_conv.py"
+
+MUTANTS = [
+    Mutant("row mask one too wide", KERNELS, "rows < images * height\n", "rows <= images * height\n"),
+    Mutant("filter mask of the store one too wide", KERNELS, "< width) & (f < filters)", "< width) & (f <= filters)"),
+    Mutant(
+        "last block of channels skipped",
+        KERNELS,
+        "tl.range(0, channels, CHANNELS, num_stages=1)",
+        "tl.range(0, channels // CHANNELS * CHANNELS, CHANNELS, num_stages=1)",
+    ),
+    Mutant(
+        "the second tile multiplied in place of the first",
+        KERNELS,
+        "            z = mid[t]\n",
+        "            z = mid[(t + 1) % T]\n",
+    ),
+    Mutant(
+        "middle not rounded to the input's dtype",
+        KERNELS,
+        "z = activated(z, ACTIVATION).to(x.dtype.element_ty)\n            added = added + (tl.dot(z, weights,",
+        "z = activated(z, ACTIVATION)\n            added = added + (tl.dot(z, weights.to(z.dtype),",
+    ),
+    Mutant("activation between left out", KERNELS, "z = activated(z, ACTIVATION).to(x.", "z = z.to(x."),
+    Mutant(
+        "bias of the depthwise part added behind the activation",
+        KERNELS,
+        "            z = activated(z, ACTIVATION).to(x.dtype.element_ty)\n",
+        "            z = (activated(mid[t], ACTIVATION) + z - mid[t]).to(x.dtype.element_ty)\n",
+    ),
+    Mutant("stride of the pointwise bias ignored", KERNELS, "pb + f.to(tl.int64) * stride_pb", "pb + f.to(tl.int64)"),
+    Mutant("filters of a channel not neighbours", KERNELS, "(c // MULTIPLIER).to", "(c % (channels // MULTIPLIER)).to"),
+    Mutant("int32 offsets of filters", KERNELS, "pw + f.to(tl.int64) * stride_pwf", "pw + f * stride_pwf"),
+    Mutant(
+        "accumulated in float16",
+        KERNELS,
+        "ACCUMULATOR=tl.float64 if x.dtype == torch.float64 else tl.float32",
+        "ACCUMULATOR=tl.float16",
+    ),
+    Mutant("one kernel where it computes the middle twice", KERNELS, 'cdiv(filters, one["FILTERS"]) * (3', "(3"),
+    Mutant("fallback: activation behind left out", FALLBACK, "finished(activated_(y, activation)", "finished((y)"),
+    Mutant(
+        "fake: the pointwise weight's format ignored",
+        OPS,
+        "(x, depthwise_weight, pointwise_weight))\n    return",
+        "(x,))\n    return",
+    ),
+    Mutant(
+        "one operator although a gradient is wanted",
+        OPS,
+        "t.requires_grad for t in tensors):\n        return False",
+        "False for t in tensors):\n        return False",
+    ),
+    Mutant("gradient of the middle not gated", OPS, "dmid = gate(dmid, mid, activation)", "dmid = gate(dmid, mid, None)"),
+]
