@@ -122,11 +122,11 @@ def expected(case: Case, tensors: tuple[Tensor, ...], dy: Tensor, *, eager: Func
     return Values(tensors, dy, eager=run(eager, tensors, dy), exact=run(reference, wide, dy.double()))
 
 
-def check(step: Step, values: Values, *, may_overwrite: bool = False) -> str | None:
-    """Runs `step` once on `values` with poisoned memory. What is wrong, or None."""
+def check(step: Step, values: Values, *, may_overwrite: bool = False, terms: float = 0.0) -> str | None:
+    """Runs `step` once on `values` with poisoned memory. What is wrong, or None. `terms`: see close_enough."""
     with poisoned():
         outputs = step.once(values)
-    if wrong := compare(outputs, values):
+    if wrong := compare(outputs, values, terms):
         return wrong
     for i, (t, before) in enumerate(zip(step.tensors, values.tensors, strict=True)):
         if i not in step.case.state and not may_overwrite and not identical(t, before):
@@ -134,10 +134,10 @@ def check(step: Step, values: Values, *, may_overwrite: bool = False) -> str | N
     return None if identical(step.dy, values.dy) else "the gradient of the output was overwritten"
 
 
-def compare(outputs: Mapping[str, Tensor], values: Values) -> str | None:
+def compare(outputs: Mapping[str, Tensor], values: Values, terms: float = 0.0) -> str | None:
     """What is wrong with `outputs`, or None."""
     for name, got in outputs.items():
-        if wrong := close_enough(got, values.eager[name], values.exact[name], got.dtype):
+        if wrong := close_enough(got, values.eager[name], values.exact[name], got.dtype, terms=terms):
             return f"{name}: {wrong}"
     return None
 
