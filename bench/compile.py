@@ -178,10 +178,11 @@ def compile_launch(launch: Launch, target: str) -> Report:
     return compile_launches([(launch, target)])[0]
 
 
-def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None = None) -> list[Report]:
+def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None = None, *, keep: bool = False) -> list[Report]:
     """Compile each launch for its target in spawned processes (default: one per usable core) and read the result.
 
     Launches that Triton would compile to the same code are compiled once. A failed compilation is a Report too.
+    keep: what was compiled goes to Triton's own cache, so that a GPU of this target need not compile it.
     """
     keys = [identity(launch, target) for launch, target in jobs]
     found: dict[str, Report] = {}
@@ -189,13 +190,13 @@ def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None =
     for key, (launch, target) in zip(keys, jobs, strict=True):
         if key in found or key in missing:
             continue
-        cached = _read(key)
+        cached = None if keep else _read(key)
         if cached is not None:
             found[key] = cached
         else:
             missing[key] = (_pickled(launch), launch.name, target)
     if missing:
-        with contextlib.nullcontext() if _workers else workers(processes, len(missing)):
+        with contextlib.nullcontext() if _workers and not keep else workers(processes, len(missing), keep=keep):
             for key, report in _compile_all(missing):
                 found[key] = report
                 _write(key, report)
@@ -207,14 +208,17 @@ _pools: list[ProcessPoolExecutor] = []  # and the pool in use
 
 
 @contextlib.contextmanager
-def workers(processes: int | None = None, most: int | None = None) -> Iterator[None]:
-    """Keep the compiling processes for all compile_launches within: each takes some seconds to start."""
+def workers(processes: int | None = None, most: int | None = None, *, keep: bool = False) -> Iterator[None]:
+    """Keep the compiling processes for all compile_launches within: each takes some seconds to start.
+
+    keep: see compile_launches.
+    """
     count = min(processes or len(os.sched_getaffinity(0)), most or 1 << 30)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="dlaccel-triton-") as folder:
 
         def pool(n: int) -> ProcessPoolExecutor:
-            return ProcessPoolExecutor(n, mp_context=context, initializer=start_worker, initargs=(folder,))
+            return ProcessPoolExecutor(n, mp_context=context, initializer=start_worker, initargs=("" if keep else folder,))
 
         _workers.append(pool)
         _pools.append(pool(count))
@@ -398,9 +402,11 @@ class NamesATarget:
 
 
 def start_worker(folder: str) -> None:
+    """folder: Triton's cache; empty: the user's own, with keys as in any other process."""
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_CACHE_DIR"] = folder
-    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default of every version so far; 3.9 warns when it is not said
+    if folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default of every version so far; 3.9 warns when it is not said
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nothing:  # ptxas and LLVM print whole programs when they fail
         os.dup2(nothing.fileno(), 1)

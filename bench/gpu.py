@@ -14,13 +14,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -29,7 +31,7 @@ from dlaccel.bench.case import families
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = "{budget}"  # in a command: the seconds that are left
-LEAST = 20.0  # with fewer seconds left nothing is begun
+LEAST = 20.0  # with fewer seconds left nothing is begun; what resumes by itself stops so many before the end
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Unit:
 
     resumes: it keeps its own state, so it runs again until it has nothing left to do.
     keep: what it prints is its result, and is kept as <unit>.txt.
+    least: with fewer seconds left it is not begun.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Unit:
     env: dict[str, str] = field(default_factory=dict)
     resumes: bool = False
     keep: bool = False
+    least: float = LEAST
 
 
 @dataclass(frozen=True)
@@ -82,43 +86,72 @@ def _sanitizer(tool: str, selection: str) -> Unit:
     return Unit(f"{tool} {selection}", [program, *options, *tests], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def units(step: str, out: Path) -> list[Unit]:
+def _compile(target: str, *selection: str) -> Unit:
+    """All cores compile beforehand what the step will run: Triton itself compiles in one process, at the first call."""
+    return Unit(" ".join(("compile", *selection)), _bench("inspect", "--target", target, "--keep", *selection))
+
+
+def _tests(path: Path, passed: Path) -> Unit:
+    options = ["-q", "-p", "tests.passed", "--passed", str(passed)]
+    return Unit(path.stem, _python("-m", "pytest", str(path.relative_to(ROOT)), *options), least=60)
+
+
+def units(step: str, out: Path, git_sha: str = "") -> list[Unit]:
     """The commands of a step, most valuable first. Raises KeyError for an unknown step."""
     ops = list(families())
     target = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "sm_90"
     direct = _python("-m", "pytest", "tests/test_gpu.py", "-q", "-k", "direct")
 
-    def tests(path: Path) -> Unit:
-        return Unit(path.stem, _python("-m", "pytest", str(path.relative_to(ROOT)), "-q"))
+    def order(path: Path) -> tuple[bool, bool, bool, str]:
+        name = path.stem.removeprefix("test_")
+        return name != "gpu", name != "contract", not any(op.startswith(name) for op in ops), name
 
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    first = {"test_gpu", "test_contract", *(f"test_{op}" for op in ops)}
-    files = [f for f in files if f.stem in first] + [f for f in files if f.stem not in first]
-    compiled = Unit("compile", _bench("inspect", "--target", target, "--dtype", "bf16,fp16,fp32"))
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=order)
+    passed = ROOT / "build" / "gpu" / f"passed-{git_sha[:12]}.txt"
+    everything = ["--dtype", "bf16,fp32", "--per-kernel", "1000000"]
+    compiled = _compile(target, *everything)
     run = ["run", "--device", "cuda", "--resume", "--budget", BUDGET, "--out", str(out)]
-    verify = Unit("verify", _bench("verify", "--device", "cuda", "--out", str(out)))
-    everything: dict[str, Callable[[], list[Unit]]] = {
-        "test": lambda: [Unit("direct", direct), *map(tests, files), _sanitizer("memcheck", f"direct and {ops[0]}")],
-        "tune": lambda: [Unit(f"tune {op}", _bench("tune", "--op", op)) for op in ops],
+    in_torch = "dlaccel,eager,native,cudnn,addmm_activation"  # nothing of these has to be compiled
+    measured: dict[str, Callable[[], list[Unit]]] = {
+        "test": lambda: [
+            Unit("direct", direct),
+            _compile(target, *everything, "--full"),
+            *(_tests(path, passed) for path in files),
+            _sanitizer("memcheck", f"direct and {ops[0]}"),
+        ],
+        "tune": lambda: [
+            unit
+            for op in ops
+            for unit in (
+                _compile(target, "--op", op, "--dtype", "bf16,fp32", "--full"),
+                Unit(f"tune {op}", _bench("tune", "--op", op, "--shipped", "--resume"), least=60),
+            )
+        ],
         "bench": lambda: [
             compiled,
-            Unit("goal rows", _bench(*run, "--preset", "default"), resumes=True),
+            Unit("goal rows", _bench(*run, "--preset", "default", "--provider", in_torch), resumes=True),
             Unit("kernels", _python("-m", "dlaccel.bench.kernel_times", "--budget", BUDGET, "--out", str(out)), resumes=True),
-            verify,
+            Unit("other libraries", _bench(*run, "--preset", "default", "--provider", PEERS), resumes=True),
+            Unit("verify", _bench("verify", "--device", "cuda", "--out", str(out)), least=120),
             Unit("everything", _bench(*run, "--preset", "full"), resumes=True),
         ],
         "models": lambda: [
-            Unit(name, _python(f"examples/{name}.py", "--device", "cuda"), keep=True)
+            Unit(name, _python(f"examples/{name}.py", "--device", "cuda"), keep=True, least=60)
             for name in ("resnet_block", "mobilenet", "digits")
         ],
-        "claims": lambda: [Unit("claims", _bench("claims", "--preset", "full", "--out", str(out)))],
+        "claims": lambda: [
+            Unit(f"claim {n}", _bench("claims", "--claim", str(n), "--preset", "full", "--resume", "--out", str(out)), least=60)
+            for n in CLAIMS
+        ],
         "sanitize": lambda: [
             _sanitizer(tool, f"direct and {op}") for tool in ("memcheck", "racecheck", "initcheck") for op in ops
         ],
     }
-    return everything[step]()
+    return measured[step]()
 
 
+PEERS = "compile,liger,quack,flag_gems,attorch,cce"
+CLAIMS = (2, 3, 1, 4, 8, 6, 7, 5)  # what only a GPU can measure first
 STEPS = ("test", "tune", "bench", "models", "claims", "sanitize")
 
 
@@ -135,6 +168,19 @@ def done(log: Path, step: str, git_sha: str) -> set[str]:
     return found
 
 
+def _within(seconds: float, command: Sequence[str], env: dict[str, str], output: IO[str] | None) -> int | None:
+    """The exit code, or None if it took too long. Ends what the command started as well: workers would hold the GPU."""
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def run_step(
     step: str, todo: Sequence[Unit], log: Path, budget: float, git_sha: str, say: Callable[[str], None] = print
 ) -> int:
@@ -148,8 +194,8 @@ def run_step(
                 say(f"[{number}/{len(todo)}] {unit.name}: done before")
                 continue
             left = budget - (time.monotonic() - begin)
-            if left < LEAST:
-                say(f"[{number}/{len(todo)}] {unit.name}: the budget of {budget:.0f} s is used; the next call continues here")
+            if left < unit.least:
+                say(f"[{number}/{len(todo)}] {unit.name}: {left:.0f} s of the budget are left; the next call continues here")
                 break
             command = [word.replace(BUDGET, f"{max(1.0, left - LEAST):.0f}") for word in unit.command]
             say(f"[{number}/{len(todo)}] {unit.name}: {shlex.join(command)}")
@@ -157,12 +203,7 @@ def run_step(
             kept = log.parent / f"{unit.name}.txt"
             try:
                 with kept.open("w") if unit.keep else nullcontext() as output:
-                    environment = os.environ | unit.env
-                    code = subprocess.run(
-                        command, env=environment, cwd=ROOT, timeout=left, stdout=output, check=False
-                    ).returncode
-            except subprocess.TimeoutExpired:
-                code = None
+                    code = _within(left, command, os.environ | unit.env, output)
             except OSError as error:
                 say(f"{unit.name}: {error}")
                 code = 127
@@ -184,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     out = ROOT / "bench" / "results" / device_name()
     sha = results.provenance("cuda", threads=0, clock="", precision="", seed=0)["git_sha"]
-    return run_step(args.step, units(args.step, out), out / "steps.jsonl", args.budget, sha)
+    return run_step(args.step, units(args.step, out, sha), out / "steps.jsonl", args.budget, sha)
 
 
 if __name__ == "__main__":

@@ -170,10 +170,10 @@ def _overridden(choice: Choice, config: Config, override: Config) -> contextlib.
     return choice.using(config | changes) if changes.keys() & config.keys() else contextlib.nullcontext()
 
 
-def inspect(selection: Selection, processes: int | None = None) -> list[Inspected]:
-    """Compile what is selected and read it."""
+def inspect(selection: Selection, processes: int | None = None, *, keep: bool = False) -> list[Inspected]:
+    """Compile what is selected and read it. keep: leave it in Triton's own cache."""
     found = list(selection.launches())
-    reports = compile_launches([(launch, target) for _, _, launch, target, _ in found], processes)
+    reports = compile_launches([(launch, target) for _, _, launch, target, _ in found], processes, keep=keep)
     return [
         Inspected(op=case.op, case=case.name, dtype=dtype, launch=launch, report=report, chosen=chosen)
         for (case, dtype, launch, _, chosen), report in zip(found, reports, strict=True)
@@ -339,6 +339,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predict", action="store_true", help="write bench/results/predicted; GPUs that have measured an op keep its rows"
     )
+    parser.add_argument("--keep", action="store_true", help="leave the code in Triton's own cache, for runs on such a GPU")
     parser.add_argument("--jobs", type=int, metavar="N", help="compile in N processes (default: one a core)")
 
 
@@ -388,7 +389,7 @@ def _main(args: argparse.Namespace) -> int:
         per_kernel=args.per_kernel or (None if args.full or args.case else PER_KERNEL),
         candidates=args.full and not args.per_kernel, override=args.config,
     )  # fmt: skip
-    found = inspect(selection, args.jobs)
+    found = inspect(selection, args.jobs, keep=args.keep)
     rows = [one.row() for one in found]
     if args.json:
         args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -397,7 +398,7 @@ def _main(args: argparse.Namespace) -> int:
     else:
         print(table(distinct(found)))
     print(f"\n{len(found)} launches, {len(distinct(found))} different codes, {sum(o.report.status == 'ok' for o in found)} ok")
-    return 0 if all(one.report.status == "ok" for one in found if one.chosen) else 1
+    return 0 if args.keep or all(one.report.status == "ok" for one in found if one.chosen) else 1
 
 
 def _command(args: argparse.Namespace) -> list[str]:

@@ -57,6 +57,7 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     timer: Timer | None = None,
     path: Path | str | None = None,
+    resume: bool = False,
 ) -> list[Tuned]:
     """Measure the candidate configurations of an op's kernels on the current GPU, and use the fastest from now on.
 
@@ -67,6 +68,7 @@ def tune(
         dtype: of the cases' inputs.
         timer: microseconds of a call; default: CUDA events around the call with a cold L2 cache, median.
         path: the table to write; default: this device's in DLACCEL_CACHE_DIR.
+        resume: leave out what the table holds already.
 
     Returns:
         One Tuned for each kernel, dtype and sizes, also where the static choice won.
@@ -96,10 +98,12 @@ def tune(
             for choice, target, of, sizes in consulted:
                 if choice.candidates is None or (choice.name, target, of, sizes) in found:
                     continue
+                table = Path(path) if path is not None else measured.user_file(target.name)
+                if resume and measured.holds(table, target.name, measured.key(choice.name, of, sizes)):
+                    continue
                 best = _fastest(choice, choice.alternatives(target, of, *sizes), lambda: _run(function, args), reference, timer)
                 found[choice.name, target, of, sizes] = tuned = Tuned(choice.name, of, sizes, *best)
                 entry = {"config": tuned.config, "us": tuned.us, "static_us": tuned.static_us, "time_utc": _now()}
-                table = Path(path) if path is not None else measured.user_file(target.name)
                 measured.save(table, target.name, {measured.key(choice.name, of, sizes): entry})
     config.forget_measured()
     return list(found.values())
@@ -191,6 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", type=names, default=[], metavar="OP,...", help="default: all")
     parser.add_argument("--case", type=names, default=[], metavar="NAME,...", help="default: those timed on GPUs")
     parser.add_argument("--dtype", type=names, default=["bf16", "fp32"], metavar="D,...", help="of bf16, fp16, fp32")
+    parser.add_argument("--resume", action="store_true", help="leave out what the table holds already")
     parser.add_argument("--shipped", action="store_true", help="write kernels/tuned/<device>.json of this checkout")
 
 
@@ -206,7 +211,7 @@ def main(args: argparse.Namespace) -> int:
     for op in args.op or families():
         cases = [c for c in families()[op].CASES if (c.name in args.case if args.case else "cuda" in c.devices)]
         for dtype in args.dtype:
-            for tuned in tune(op, cases, dtype=getattr(torch, DTYPES[dtype]), path=path):
+            for tuned in tune(op, cases, dtype=getattr(torch, DTYPES[dtype]), path=path, resume=args.resume):
                 print(tuned, *tuned.failed, sep="\n    ", flush=True)
     print(f"wrote {os.fspath(path)}")
     return 0

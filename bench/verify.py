@@ -342,7 +342,9 @@ def verify(
             log.seek(0)
             last = (log.read().strip().splitlines() or [""])[-1]
         mine = [Finding(**answer) for answer in answers if "unavailable" not in answer]
-        absent |= {label: answer["unavailable"] for answer in answers if "unavailable" in answer}
+        for answer in answers:
+            if "unavailable" in answer:
+                absent[label] = answer["unavailable"]
         if mine and all(f.outcome == ABSENT for f in mine):
             absent[label] = f"has nothing to check here ({mine[0].reason})"
         else:

@@ -61,6 +61,11 @@ def lookup(choice: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...])
     return None
 
 
+def holds(path: Path, device: str, wanted: str) -> bool:
+    """Whether the table has an entry of that key now."""
+    return wanted in _read(path, device)[0]
+
+
 @functools.cache
 def _table(path: Path, device: str) -> Table:
     table, problem = _read(path, device)

@@ -26,6 +26,7 @@ from dlaccel.bench import (
     gpu,
     kernel_times,
     model,
+    provider,
     report,
     results,
     run,
@@ -869,22 +870,107 @@ def test_gpu_steps_continue_where_they_stopped(tmp_path: Path) -> None:
 
 
 def test_gpu_step_ends_within_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything that its command has started: a worker left behind would hold the GPU."""
     monkeypatch.setattr(gpu, "LEAST", 0.1)
-    todo = [gpu.Unit("sleeps", python("import time; time.sleep(60)")), gpu.Unit("next", python(""))]
+    child = tmp_path / "child"
+    code = f"""
+import subprocess, sys, time
+started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(child)!r}, "w").write(str(started.pid))
+time.sleep(60)"""
+    todo = [gpu.Unit("sleeps", python(code), least=1), gpu.Unit("next", python(""), least=1)]
     said: list[str] = []
-    assert gpu.run_step("test", todo, tmp_path / "steps.jsonl", 1.0, "sha", said.append) == 0
+    assert gpu.run_step("test", todo, tmp_path / "steps.jsonl", 4.0, "sha", said.append) == 0
     assert json.loads((tmp_path / "steps.jsonl").read_text())["code"] is None
     assert "the next call continues here" in said[-1]
+    state = Path(f"/proc/{child.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_gpu_unit_that_needs_more_time_is_not_begun(tmp_path: Path) -> None:
+    todo = [gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
+    said: list[str] = []
+    gpu.run_step("test", todo, tmp_path / "steps.jsonl", 100, "sha", said.append)
+    assert [json.loads(line)["unit"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()] == ["short"]
+    assert "long: " in said[-1] and "the next call continues here" in said[-1]
 
 
 def test_gpu_steps_name_real_files_and_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in gpu.STEPS:
-        for unit in gpu.units(step, tmp_path):
+        todo = gpu.units(step, tmp_path)
+        assert len({unit.name for unit in todo}) == len(todo), "what is done is known by its name"
+        for unit in todo:
             words = [word for word in unit.command if word.endswith(".py")]
             assert all((gpu.ROOT / word).exists() for word in words), unit
+            if "dlaccel.bench" in unit.command:
+                verb, *options = unit.command[unit.command.index("dlaccel.bench") + 1 :]
+                args = cli.parser(verb).parse_args([verb, *(word.replace(gpu.BUDGET, "60") for word in options)])
+                assert {*getattr(args, "provider", [])} <= {*provider.names()}
+    names = [unit.name for unit in gpu.units("test", tmp_path)]
+    assert names[2:4] == ["test_gpu", "test_contract"] and {*names[4:9]} == {
+        "test_batch_norm", "test_cross_entropy", "test_depthwise_conv", "test_linear_relu", "test_separable_conv"
+    }  # fmt: skip
     if not torch.cuda.is_available():
         assert gpu.main(["bench"]) == 2
         assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_passed_tests_are_left_out_when_run_again(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text("""
+import pathlib, pytest
+def test_good(): pass
+def test_bad(): assert pathlib.Path("mended").exists()
+def test_skipped(): pytest.skip("no")
+""")
+    env = os.environ | {"PYTHONPATH": str(gpu.ROOT)}
+
+    def run_again() -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.passed", "--passed", "done/passed.txt", "test_some.py"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()[-1]
+
+    assert run_again()[0] == 1
+    code, last = run_again()
+    assert code == 1 and "1 failed, 2 deselected" in last
+    (tmp_path / "mended").touch()
+    code, last = run_again()
+    assert code == 0 and "1 passed, 2 deselected" in last
+    code, last = run_again()
+    assert code == 0 and "3 deselected" in last
+
+
+COMPILED_BEFOREHAND = """
+import os, sys
+from pathlib import Path
+import torch
+from dlaccel.bench import host_time
+from dlaccel.bench.case import families, implementation
+from dlaccel.bench.compile import compile_launches, launches, operator_calls
+from dlaccel.kernels import config
+
+if __name__ == "__main__":
+    cubins = lambda: len([*Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin")])
+    case = next(case for case in families()["linear_relu"].SAMPLES if case.name == "ragged blocks")
+    found = launches("linear_relu", case, torch.float32, "sm_90", backward=False)
+    assert [report.status for report in compile_launches([(one, "sm_90") for one in found], 1, keep=True)] == ["ok"]
+    before = cubins()
+    host_time.install()
+    tensors = case.make(torch.Generator().manual_seed(0), torch.float32)
+    with config.assume(config.TARGETS["sm_90"]), torch.inference_mode():
+        for function, args in operator_calls(lambda: case.call(implementation("linear_relu"), *tensors)):
+            function(*args)
+    print(before, cubins())
+"""
+
+
+def test_what_is_compiled_beforehand_is_what_a_launch_needs(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script = tmp_path / "script.py"
+    script.write_text(COMPILED_BEFOREHAND)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "1"], done.stdout + done.stderr
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
