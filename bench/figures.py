@@ -162,7 +162,9 @@ def throughput(rows: Sequence[Row], title: str) -> Any:
                 ax.plot(x, y, color=shade, marker="o", ms=4, lw=1.4, label=provider)
                 ax.fill_between(x, low, high, color=shade, alpha=0.18, lw=0)
             roofs = sorted({p[::2] for p in map(point, (r for r in rows if r.dtype == dtype)) if p[2]})
-            if roofs:
+            if len({size for size, _ in roofs}) == 1:  # a line without ends
+                ax.axhline(max(roof for _, roof in roofs), color=INK, ls="--", lw=1, label="measured ceiling")
+            elif roofs:
                 ax.plot(*zip(*roofs, strict=True), color=INK, ls="--", lw=1, label="measured ceiling")
             ax.set_xscale("log")
             _plain_log_axis(ax.xaxis)
@@ -193,11 +195,11 @@ def roofline(rows: Sequence[Row], title: str) -> Any:
             ax.plot(x, y, ls="", marker="osD^vPX"[i % 7], ms=5, alpha=0.8, color=(COLOURS["dlaccel"], *OTHERS)[i % 9], label=op)
         memory, cache = min(r[0] for r in roofs), max(r[0] for r in roofs)
         peak = 1e3 * max(r[1] for r in roofs)
-        intensities = [2.0 ** (k / 4) for k in range(-16, 57)]
         for bandwidth, name, line in ((memory, "memory", "--"), (cache, "cache", ":")):
             if line == ":" and cache == memory:
                 continue
             label = f"{name} {bandwidth:.3g} GB/s, {peak:.4g} GFLOP/s"
+            intensities = (2.0**-6, peak / bandwidth, 2.0**16)
             ax.plot(intensities, [min(peak, bandwidth * i) for i in intensities], color=INK, ls=line, lw=1, label=label)
         ax.set_xscale("log")
         ax.set_yscale("log")

@@ -45,8 +45,8 @@ def geometric_means(rows: Iterable[Row]) -> list[tuple[str, float, int]]:
 
 
 HEADERS = (
-    "op/case", "dtype", "mode", "provider", "eager ms", "ms", "ratio", "p20-p80", "eager/eager", "rate", "% floor", "memory",
-    "verdict",
+    "op/case", "dtype", "mode", "provider", "eager ms", "ms", "ratio", "p20-p80", "eager/eager", "rate", "% floor",
+    "memory/eager's", "verdict",
 )  # fmt: skip
 
 

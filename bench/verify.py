@@ -366,6 +366,23 @@ def grid(found: Sequence[Finding]) -> tuple[list[str], list[tuple[str, list[str]
     return providers, [(label, [cells.get((label, p), ABSENT) for p in providers]) for label in labels]
 
 
+def counts(found: Sequence[Finding]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each op and provider (as in `grid`) how many rows are right and how many wrong, and "wrong" if any is."""
+    providers, lines = grid(found)
+    ops: dict[str, list[list[str]]] = {}
+    for label, outcomes in lines:
+        ops.setdefault(label.split(": ", 1)[0], []).append(outcomes)
+    shown = []
+    for op, rows in ops.items():
+        cells = []
+        for i in range(len(providers)):
+            right, wrong = (sum(row[i] == outcome for row in rows) for outcome in (OK, WRONG))
+            text = f"{right} ok, {wrong} WRONG" if wrong else f"{right} ok" if right else ABSENT
+            cells.append((text, "wrong" if wrong else "ok" if right else ""))
+        shown.append((f"{op}, {len(rows)} rows", cells))
+    return shown
+
+
 def made_on(device: str) -> str:
     """On what a table was made."""
     where = results.provenance(device, threads=1, clock="", precision="ieee", seed=0)

@@ -64,6 +64,19 @@ def simulated(cost: Callable[[dict[str, Any]], float], *args: torch.Tensor) -> l
 # --- tuning ---
 
 
+def test_resume_measures_only_what_the_table_does_not_hold() -> None:
+    timed: list[dict[str, Any]] = []
+
+    def cost(options: dict[str, Any]) -> float:
+        timed.append(options)
+        return 10.0
+
+    once = len(simulated(cost)), len(timed)
+    with launch.recording():
+        assert tune("linear_relu", [arguments()], timer=timer_of(cost), resume=True) == [] and len(timed) == once[1]
+        assert len(tune("linear_relu", [arguments(), arguments(512)], timer=timer_of(cost), resume=True)) == once[0]
+
+
 def test_the_fastest_candidate_is_chosen_from_then_on() -> None:
     static, source = chosen()
     assert source == "static choice"

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers = sorted(report.modules())
     parser.add_argument("--claim", type=int, action="append", choices=numbers, metavar="N", help="1 to 8, repeatable")
     parser.add_argument(
-        "--preset", choices=lab.PRESETS, default="default", help="quick: 2 minutes, default: 15 (of two free cores)"
+        "--preset", choices=lab.PRESETS, default="default", help="quick: 2 minutes, default: 5 (of a free core)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")

@@ -185,6 +185,7 @@ STYLE = """
 .claims .kind.measured { background: #0b6e99; border-color: #0b6e99; color: #fff; }
 .claims .kind.cited { background: #6f6f6f; color: #fff; } .claims .kind.projected { border: 1px dashed var(--faint); }
 .claims .kind.not_measured { color: var(--faint); }
+@media (max-width: 40rem) { .claims .glance th, .claims .glance td { display: block; border: 0; } }
 """
 PAGE_STYLE = """
 :root { color-scheme: light dark; }
