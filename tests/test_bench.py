@@ -631,10 +631,10 @@ def test_a_finding_says_how_to_see_it_alone() -> None:
         "--sample 'no bias'"
     )
     assert finding.reproduce() == command
-    absent = verify.Finding("toy", "values", "bias", "liger", verify.ABSENT, "has no toy")
+    absent = verify.Finding("toy", "values", "bias", "liger", verify.ABSENT, "takes no bias")
     text = verify.text([finding, absent], {"quack": "no GPU"}, summary.table, "cpu")
     assert command in text
-    assert "liger has - in 1 row: has no toy" in text and "quack is not in the table: no GPU" in text
+    assert "liger has - in 1 row: takes no bias" in text and "quack is not in the table: no GPU" in text
 
 
 MINE = """
