@@ -163,7 +163,7 @@ def throughput(rows: Sequence[Row], title: str) -> Any:
                 ax.fill_between(x, low, high, color=shade, alpha=0.18, lw=0)
             roofs = sorted({p[::2] for p in map(point, (r for r in rows if r.dtype == dtype)) if p[2]})
             if len({size for size, _ in roofs}) == 1:  # a line without ends
-                ax.axhline(max(roof for _, roof in roofs), color=INK, ls="--", lw=1, label="measured ceiling")
+                ax.axhline(max(roof or 0 for _, roof in roofs), color=INK, ls="--", lw=1, label="measured ceiling")
             elif roofs:
                 ax.plot(*zip(*roofs, strict=True), color=INK, ls="--", lw=1, label="measured ceiling")
             ax.set_xscale("log")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 from dlaccel.backend import use_backend
 from dlaccel.bench import model, results
@@ -143,7 +144,7 @@ def by_launch(events: Iterable[tuple[str, float, float]], kernels: set[str], cal
     for name, _, duration in sorted(events, key=lambda event: event[1]):
         if name in kernels:
             durations.setdefault(name, []).append(duration)
-    found = {}
+    found: dict[tuple[str, int], list[float]] = {}
     for name, of_kernel in durations.items():
         launches, rest = divmod(len(of_kernel), calls)
         if rest:
@@ -166,7 +167,7 @@ def profiled(call: Callable[[], object], rounds: int) -> list[tuple[str, float, 
             call()
         torch.cuda.synchronize()
     events: Any = recorded.events()
-    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
     return [(event.name, event.time_range.start, event.time_range.elapsed_us()) for event in on_gpu]
 
 

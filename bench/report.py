@@ -211,7 +211,11 @@ def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
     others = [machine(f"{name} (recorded)", kept, folder, f"{name}-") for name, kept in recorded(out).items()]
     kernels, unread = predicted(out, folder)
     claim_section, bad = claims(out)
-    found, absent, made_on = verify.read(out / "verify.json")
+    found, absent, made_on = [], {}, ""
+    try:
+        found, absent, made_on = verify.read(out / "verify.json")
+    except ValueError as error:
+        bad = [*bad, str(error)]
     providers, lines = verify.grid(found)
     wrong = [f for f in found if f.outcome == verify.WRONG]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
@@ -223,5 +227,5 @@ def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
         absent=absent, made_on=made_on,
     )  # fmt: skip
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    results.write_whole(path, page)
     return path

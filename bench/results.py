@@ -255,6 +255,17 @@ class Writer:
         self._file.close()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: on a full disk the old one stays. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def files(path: Path) -> list[Path]:
     """The result files that `path`, a file or a folder, stands for. Raises FileNotFoundError."""
     found = [path] if path.is_file() else sorted(path.glob("bench*.jsonl"))

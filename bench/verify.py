@@ -405,16 +405,22 @@ def text(found: Sequence[Finding], absent: dict[str, str], table: Callable[..., 
 
 
 def save(path: Path, found: Sequence[Finding], absent: dict[str, str], device: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"made_on": made_on(device), "absent": absent, "findings": [asdict(f) for f in found]}))
+    content = {"made_on": made_on(device), "absent": absent, "findings": [asdict(f) for f in found]}
+    results.write_whole(path, json.dumps(content))
 
 
 def read(path: Path) -> tuple[list[Finding], dict[str, str], str]:
-    """Findings, absent providers and on what they were made, as `save` wrote them; nothing where there is no file."""
+    """Findings, absent providers and on what they were made, as `save` wrote them; nothing where there is no file.
+
+    Raises ValueError where it is not such a file.
+    """
     if not path.exists():
         return [], {}, ""
-    saved = json.loads(path.read_text())
-    return [Finding(**f) for f in saved["findings"]], saved["absent"], saved["made_on"]
+    try:
+        saved = json.loads(path.read_text())
+        return [Finding(**f) for f in saved["findings"]], saved["absent"], saved["made_on"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not what `verify --out` writes ({type(error).__name__}: {error})") from None
 
 
 def _label(f: Finding) -> str:

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -379,6 +381,65 @@ with Writer(Path(sys.argv[1])) as file:
     assert results.read(path)[1] == []
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """report.html, verify.json and claims.html on a full disk."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from dlaccel.bench.results import write_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+write_whole(path, "old")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_whole(path, "new" * 1000)
+except OSError:
+    sys.exit(7)
+"""
+    path = tmp_path / "report.html"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 7
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_full_disk_in_a_run(tmp_path: Path) -> None:
+    """The command line says so, keeps the rows before and leaves no process behind."""
+    code = """
+import resource, signal, sys
+from dlaccel.bench.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # of eight rows two or three
+sys.exit(main(sys.argv[1:]))
+"""
+    out = tmp_path / "results"
+    options = ["run", "--op", "linear_relu", "--case", "8x8x8", "--preset", "quick", "--device", "cpu", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code, *options], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == cli.USAGE, done.stdout + done.stderr
+    assert f"cannot write {out / 'bench.jsonl'}: File too large; what was written before is kept" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows, problems = results.read(out / "bench.jsonl")
+    assert rows and not problems
+
+
+def test_ctrl_c_in_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    options = ["run", "--op", "linear_relu", "--preset", "full", "--device", "cpu", "--provider", "eager", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "dlaccel.bench", *options]
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 200
+    while time.monotonic() < end and not ((out / "bench.jsonl").exists() and (out / "bench.jsonl").stat().st_size):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the worker too
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == cli.INTERRUPTED, said
+    assert "interrupted; what was measured is in" in said and "Traceback" not in said
+    rows, problems = results.read(out / "bench.jsonl")
+    assert rows and not problems
+
+
 def test_verdicts() -> None:
     def row(ratio: float, eager_ms: float = 1.0, **more: Any) -> Row:
         return Row(op="toy", case="c", mode="fwd", dtype="float32", provider="dlaccel", status="passed", tags=["goal"],
@@ -740,6 +801,12 @@ def test_report_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(figures, "problem", lambda: "matplotlib is not installed")
     page = report.write(tmp_path, rows_to_show(), []).read_text()
     assert "No figures: matplotlib is not installed" in page and "toy/fast" in page
+
+
+def test_report_of_a_damaged_verify_file(tmp_path: Path) -> None:
+    (tmp_path / "verify.json").write_text('{"findings": [')
+    page = report.write(tmp_path, rows_to_show(), []).read_text()
+    assert "verify.json: not what `verify --out` writes" in page and "toy/fast" in page
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

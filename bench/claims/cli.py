@@ -16,6 +16,7 @@ import torch
 from dlaccel.bench import summary
 from dlaccel.bench.claims import lab, report
 from dlaccel.bench.claims.row import Row, dump, read, recorded
+from dlaccel.bench.results import write_whole
 
 OK, USAGE, NOTHING, INTERRUPTED = 0, 2, 4, 130
 EXAMPLES = """\
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         figures = report.draw([*rows, *others], args.out)
         if args.report:
             page = args.out / "claims.html"
-            page.write_text(report.page(report.render(rows, figures, others)))
+            write_whole(page, report.page(report.render(rows, figures, others)))
             print(f"Report: {page}")
     except (OSError, ValueError) as error:
         print(f"error: {error}; what was written before is kept", file=sys.stderr)
@@ -84,10 +85,7 @@ def _kept(path: Path, args: argparse.Namespace) -> list[Row]:
             print(f"{problem}: left out", file=sys.stderr)
         complete = {(row.claim, row.preset) for row in rows if row.quantity == FINISHED}
         rows = [row for row in rows if (row.claim, row.preset) in complete]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(dump(row) + "\n" for row in rows))
-    part.replace(path)
+    write_whole(path, "".join(dump(row) + "\n" for row in rows))
     return rows
 
 
