@@ -41,7 +41,7 @@ from dlaccel.bench.case import Case, families, normal
 from dlaccel.bench.ceilings import Ceilings
 from dlaccel.bench.claims.row import Row as ClaimRow
 from dlaccel.bench.claims.row import dump
-from dlaccel.bench.provider import Provider, Unavailable
+from dlaccel.bench.provider import Provider, Unavailable, load, switched
 from dlaccel.bench.results import Row
 
 # A made-up op: relu(x * scale).
@@ -287,6 +287,22 @@ def test_state_is_compared_and_fresh_in_every_call() -> None:
     assert gate.check(gate.Step(case, counting, "train", tensors, gate.copy(values.dy)), values) is None
     wrong = gate.check(gate.Step(case, lambda x, total: x * 2, "train", tensors, gate.copy(values.dy)), values)
     assert wrong is not None and wrong.startswith("state 1: ")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("name", ["native", "cudnn"])
+def test_the_switches_of_a_provider_leave_the_precision(name: str, precision: str) -> None:
+    library: Any = torch.backends.cudnn
+
+    def state() -> tuple[Any, ...]:
+        return library.enabled, torch.backends.mkldnn.enabled, library.conv.fp32_precision
+
+    with switched(library.conv, fp32_precision=precision):
+        before = state()
+        with load(name).context():
+            inside = state()
+        assert inside[2] == precision and (inside != before) == (name == "native")
+        assert state() == before
 
 
 def test_unplugging_a_provider_changes_nothing_else(bench: Callable[..., list[Row]]) -> None:
