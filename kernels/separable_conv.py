@@ -20,7 +20,7 @@ s bytes an element, in units of one instruction,
     one kernel   max(8.9 s (x + y), blocks (3 KH KW + 14) mid)
     two          max(8.9 s (x + mid), (2 KH KW + 8) mid) + 8.9 s (mid + y)
 
-and one kernel runs where that is GAIN times shorter: for x = mid = y at 3x3 and up to 256 filters (1.75 times in bfloat16 by
+and one kernel runs where that is GAIN times shorter: for x = mid = y at 3x3 and up to 256 filters (1.7 times in bfloat16 by
 this model), in TF32 also at 5x5; not at 5x5 in bfloat16. Two kernels run otherwise, and in contiguous tensors, whose rows no
 program could read in pieces of 16 bytes; in float32 without TF32, which the vendor's library multiplies at the rate of the
 hardware; for more than 9 taps in a line; and for grids that leave multiprocessors idle. `explain` says which. It is a model:
