@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
@@ -18,12 +17,11 @@ import torch
 from dlaccel.bench import compare, provider, report, results, run, summary, timing, verify
 from dlaccel.bench.case import families
 from dlaccel.bench.gate import MODES
+from dlaccel.bench.options import DTYPES, UsageError, add_lists, choose
 
 OK, REGRESSION, USAGE, INCORRECT, NOTHING = range(5)
 INTERRUPTED = 130
 EXIT = "exit codes: 0 ok, 1 a row is slower (compare), 2 usage, 3 dlaccel gave a wrong result, 4 nothing was measured"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DTYPES |= {name: name for name in DTYPES.values()}
 
 ELSEWHERE = {  # verbs whose module has add_arguments(parser) and main(args) -> exit code
     "inspect": ("dlaccel.bench.inspect", "compile the kernels for any GPU and read the machine code; needs no GPU"),
@@ -43,21 +41,6 @@ examples:
   python -m dlaccel.bench compare results/previous.jsonl results
   python -m dlaccel.bench report results
 """
-
-
-class UsageError(Exception):
-    """The command line asks for something that is not there."""
-
-
-def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
-    """`asked`, if all of them are known."""
-    known = list(known)
-    for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UsageError(f"unknown {what} {name!r}{hint}; known: {', '.join(known) or 'none'}")
-    return list(asked)
 
 
 def check_providers(names: Iterable[str]) -> None:
@@ -87,10 +70,6 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return value
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]  # names of cases contain spaces
 
 
 def selection(args: argparse.Namespace) -> tuple[run.Selection, dict[str, ModuleType]]:
@@ -298,17 +277,11 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
         sub.set_defaults(do=do)
         return sub
 
-    def many(sub: argparse.ArgumentParser, *names: str) -> None:
-        for name in names:
-            sub.add_argument(
-                f"--{name}", f"--{name}s", type=words, action="extend", default=[], metavar=f"{name.upper()}[,...]", dest=name
-            )
-
     sub = verb("list", "ops, cases, providers and claims; for what is not available, why", do_list)
     sub.add_argument("what", nargs="*", help="ops, presets, cases, providers, claims (default: all but cases)")
 
     sub = verb("run", "check, then time", do_run)
-    many(sub, "op", "case", "provider", "dtype", "layout", "mode", "allocator")
+    add_lists(sub, op=None, case=None, provider=None, dtype=None, layout=None, mode=None, allocator=None)
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     sub.add_argument(
         "--preset", choices=tuple(run.PRESETS), default="default", help="how much to measure (default: default); `list presets`"
@@ -327,7 +300,7 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
 
     sub = verb("verify", "check only: a table of what is right where", do_verify)
-    many(sub, "op", "provider")
+    add_lists(sub, op=None, provider=None)
     sub.add_argument("--row", action="append", default=[], help=f"one of: {', '.join(verify.ROWS)}")
     sub.add_argument("--sample", help="one sample by name")
     sub.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/verify.json, which report shows")

@@ -352,11 +352,23 @@ def _kernel(module: str, file: str, name: str) -> Any:
         found = importlib.import_module(module)
     except ImportError:
         found = load_file(file)
-    return getattr(found, name)
+    return jit_function(getattr(found, name))
+
+
+def jit_function(kernel: Any) -> Any:
+    """What @triton.autotune and @triton.heuristics wrap."""
+    from triton.runtime import KernelInterface
+
+    while isinstance(getattr(kernel, "fn", None), KernelInterface):
+        kernel = kernel.fn
+    return kernel
 
 
 def load_file(file: str) -> ModuleType:
-    """The module that a Python file holds."""
+    """The module that a Python file holds; it may import what lies beside it."""
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(f"_dlaccel_file_{Path(file).stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -19,6 +19,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from inspect import Parameter
+from inspect import signature as parameters_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,8 @@ import torch
 
 from dlaccel.bench import model
 from dlaccel.bench.case import Case, families
-from dlaccel.bench.compile import NoKernel, Report, compile_launches, identity, launches, load_file
+from dlaccel.bench.compile import NoKernel, Report, compile_launches, identity, jit_function, launches, load_file
+from dlaccel.bench.options import DTYPES, UsageError, add_lists, choose, named, words
 
 if TYPE_CHECKING:
     from dlaccel.kernels.config import Choice, Config
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 
 ALL_TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"]
 TARGETS = ["sm_90", "gfx942"]
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | {d: d for d in ("float32", "float16", "bfloat16")}
 PER_KERNEL = 2  # without --full: so many different codes of a kernel, dtype and target
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,7 +120,7 @@ class Selection:
     cases: Sequence[Case]
     dtypes: Sequence[str] = ("bfloat16", "float32")
     targets: Sequence[str] = tuple(TARGETS)
-    kernel: str = ""  # kernels whose name contains this
+    kernels: Sequence[str] = ()  # kernels whose name contains one of these; none: all
     per_kernel: int | None = None  # at most so many different codes of a kernel, dtype and target: those of the first cases
     candidates: bool = False  # also the other configurations worth measuring
     override: Config | None = None  # instead of the chosen blocks of these names
@@ -141,7 +143,8 @@ class Selection:
         from dlaccel.kernels import config
 
         def record() -> list[Launch]:
-            return [x for x in launches(case.op, case, getattr(torch, dtype), target) if self.kernel in x.name]
+            recorded = launches(case.op, case, getattr(torch, dtype), target)
+            return [x for x in recorded if not self.kernels or any(part in x.name for part in self.kernels)]
 
         try:
             with config.consulting() as consulted:
@@ -200,41 +203,63 @@ def gpu_cases(op: str) -> list[Case]:
 def own_kernel(
     where: str, signature: str, options: Config, targets: Sequence[str], processes: int | None = None
 ) -> list[Inspected]:
-    """Inspect a @triton.jit function of any file.
+    """Inspect a @triton.jit function of any file; of an autotuned one, each configuration.
 
     where: path/to/file.py:function. signature: its arguments in order, as for triton's own tools/compile.py: a type such as
-    *bf16, i32 or fp32, with :16 where a pointer is aligned or an integer divisible; or the value of a constant.
+    *bf16, i32 or fp32, with :16 where a pointer is aligned or an integer divisible; or a value. options: the arguments that
+    the signature leaves out by name, num_warps, num_stages. Raises UsageError.
     """
     from dlaccel.kernels.launch import Launch
 
     path, _, name = where.rpartition(":")
     if not Path(path).is_file():
-        raise ValueError(f"{path or where}: no such file (expected path/to/file.py:function)")
-    kernel: Any = getattr(load_file(path), name, None)
-    if not hasattr(kernel, "arg_names"):
-        raise ValueError(f"{path}: no @triton.jit function {name!r}")
-    words, names = [word.strip() for word in signature.split(",")], list(kernel.arg_names)
-    if len(words) != len(names):
-        raise ValueError(f"--signature: {name} has {len(names)} arguments ({', '.join(names)}), got {len(words)}")
-    launch = Launch(kernel, (), (), dict(zip(names, map(_argument, words), strict=True)) | options)
-    first = re.match(r"\*(\w+)", signature.replace(" ", ""))
-    dtype = str(_TORCH[first[1]]).removeprefix("torch.") if first else "float32"
-    reports = compile_launches([(launch, target) for target in targets], processes)
-    return [Inspected(op=path, case=signature, dtype=dtype, launch=launch, report=report) for report in reports]
+        raise UsageError(f"{path or where}: no such file (expected path/to/file.py:function)")
+    try:
+        file = load_file(path)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    kernels = [n for n, value in vars(file).items() if hasattr(value, "arg_names")]
+    choose(f"@triton.jit function of {path}", [name], kernels)
+    found = getattr(file, name)
+    kernel, configs = jit_function(found), [c.all_kwargs() for c in getattr(found, "configs", [])] or [{}]
+    parameters, types = list(parameters_of(kernel.fn).parameters.values()), words(signature)
+    if len(types) > len(parameters):
+        raise UsageError(f"--signature: {name} takes {len(parameters)} arguments ({', '.join(kernel.arg_names)}), got more")
+    values = {p.name: _argument(p, word) for p, word in zip(parameters, types, strict=False)} | options
+    absent = [p.name for p in parameters if p.default is p.empty and p.name not in values | configs[0]]
+    if absent:
+        raise UsageError(f"--signature says nothing of {', '.join(absent)}: add a type or value, or --config {absent[0]}=VALUE")
+    first = next((value.dtype for value in values.values() if isinstance(value, torch.Tensor)), torch.float32)
+    jobs = [(Launch(kernel, (), (), config | values), target) for target in targets for config in configs]
+    return [
+        Inspected(op=path, case=signature, dtype=str(first).removeprefix("torch."), launch=launch, report=report)
+        for (launch, _), report in zip(jobs, compile_launches(jobs, processes), strict=True)
+    ]
 
 
 _TORCH = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
+    "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2,
     "i1": torch.bool, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64,
     "u8": torch.uint8, "u16": torch.uint16, "u32": torch.uint32, "u64": torch.uint64,
 }  # fmt: skip
 
 
-def _argument(word: str) -> Any:
+def _argument(parameter: Parameter, word: str) -> Any:
     """A value that Triton specialises to this type, or the constant."""
     found = re.fullmatch(rf"(\*?)({'|'.join(_TORCH)})(:1|:16)?", word)
-    if found is None:
+    if "constexpr" in str(parameter.annotation):
+        if found:
+            raise UsageError(f"--signature: {parameter.name} is a tl.constexpr and takes a value, got {word!r}")
         return _constant(word)
+    if found is None:
+        value = _constant(word)
+        if isinstance(value, str):
+            raise UsageError(
+                f"--signature: {parameter.name} takes a type ({', '.join(_TORCH)}; * in front: a pointer; "
+                f":16 behind: aligned or divisible) or a number, got {word!r}"
+            )
+        return value
     pointer, of, hint = found.groups()
     if pointer:
         return torch.empty(1024, dtype=_TORCH[of], device="meta")[0 if hint == ":16" else 1 :]
@@ -246,8 +271,9 @@ def _argument(word: str) -> Any:
 
 
 def _constant(word: str) -> Any:
-    with contextlib.suppress(ValueError):
-        return int(word)
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(word)
     return {"True": True, "False": False, "None": None}.get(word, word)
 
 
@@ -293,25 +319,21 @@ def base_rows(base: str, command: Sequence[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="dlaccel-base-") as folder:
         archive = subprocess.run(["git", "-C", ROOT, "archive", base], capture_output=True)
         if archive.returncode:
-            raise ValueError(f"--diff: {base!r} is neither a file nor a git revision of {ROOT}")
+            raise UsageError(f"--diff: {base!r} is neither a file nor a git revision of {ROOT}")
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         out = Path(folder) / "base.jsonl"
-        line = [sys.executable, "-m", "dlaccel.bench.inspect", *command, "--json", str(out)]
+        line = [sys.executable, "-m", "dlaccel.bench", "inspect", *command, "--json", str(out)]
         run = subprocess.run(line, cwd=folder, capture_output=True, text=True)
         if not out.exists():
-            raise ValueError(f"--diff: inspecting {base} failed: {run.stderr.strip()[-500:]}")
+            raise UsageError(f"--diff: inspecting {base} failed: {run.stderr.strip()[-500:]}")
         return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 # --- the command ---
 
 
-def _names(text: str) -> list[str]:
-    return [word for word in text.replace(",", " ").split() if word]
-
-
 def _config(text: str) -> Config:
-    pairs = [word.partition("=") for word in _names(text)]
+    pairs = [word.partition("=") for word in words(text)]
     if not all(equals for _, equals, _ in pairs):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return {name: _constant(value) for name, _, value in pairs}
@@ -320,14 +342,17 @@ def _config(text: str) -> Config:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE.py:KERNEL", help="a @triton.jit kernel of your own; needs --signature")
     parser.add_argument("--signature", metavar="S", help='its arguments in order: types or constants, "*bf16:16, i32:16, 1024"')
-    parser.add_argument("--op", type=_names, default=[], metavar="OP,...", help="default: all")
-    parser.add_argument("--case", type=_names, default=[], metavar="NAME,...", help="cases of bench/cases, samples included")
-    parser.add_argument("--kernel", default="", metavar="TEXT", help="kernels whose name contains this")
-    parser.add_argument("--config", type=_config, metavar="NAME=VALUE,...", help="these blocks instead of the chosen ones")
-    parser.add_argument(
-        "--target", type=_names, metavar="T,...", help=f"of {', '.join(ALL_TARGETS)} (default: {', '.join(TARGETS)})"
+    add_lists(
+        parser,
+        op="default: all",
+        kernel="kernels whose name contains this",
+        target=f"of {', '.join(ALL_TARGETS)} (default: {', '.join(TARGETS)})",
+        dtype="of bf16, fp16, fp32 (default: bf16, fp32)",
     )
-    parser.add_argument("--dtype", type=_names, metavar="D,...", help="of bf16, fp16, fp32 (default: bf16, fp32)")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="NAME", help="cases and samples by name or part of it, repeatable"
+    )
+    parser.add_argument("--config", type=_config, metavar="NAME=VALUE,...", help="these blocks instead of the chosen ones")
     parser.add_argument("--full", action="store_true", help="all targets, dtypes, cases and candidate configurations")
     parser.add_argument(
         "--per-kernel", type=int, metavar="N",
@@ -347,9 +372,6 @@ def main(args: argparse.Namespace) -> int:
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # nothing runs here
     try:
         return _main(args)
-    except ValueError as error:
-        print(f"inspect: {error}", file=sys.stderr)
-        return 2
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
@@ -357,19 +379,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     known = families()
-    targets = args.target or (ALL_TARGETS if args.full else TARGETS)
-    dtypes = args.dtype or (["bf16", "fp16", "fp32"] if args.full else ["bf16", "fp32"])
-    for what, asked, valid in (("op", args.op, known), ("dtype", dtypes, DTYPES), ("target", targets, ALL_TARGETS)):
-        for name in asked:
-            if name not in valid:
-                raise ValueError(f"unknown {what} {name!r}; known: {', '.join(valid)}")
-    if args.file:
-        if not args.signature:
-            raise ValueError("a kernel of your own needs --signature")
-        found = own_kernel(args.file, args.signature, args.config or {}, targets, args.jobs)
-        print(table(found))
-        return 0
-    ops = args.op or list(known)
+    ops = choose("op", args.op, known) or list(known)
+    targets = choose("target", args.target, ALL_TARGETS) or (ALL_TARGETS if args.full else TARGETS)
+    dtypes = choose("dtype", args.dtype, DTYPES) or (["bf16", "fp16", "fp32"] if args.full else ["bf16", "fp32"])
     if args.update_expected:
         from dlaccel.bench import expected
 
@@ -377,19 +389,7 @@ def _main(args: argparse.Namespace) -> int:
         return 0
     if args.predict:
         return _predict(ops, args.jobs)
-    cases = [case for op in ops for case in gpu_cases(op)]
-    if args.full:
-        cases = [case for op in ops for case in (*gpu_cases(op), *known[op].SAMPLES)]
-    if args.case:
-        cases = [case for op in ops for case in (*known[op].CASES, *known[op].SAMPLES) if case.name in args.case]
-        if not cases:
-            raise ValueError(f"unknown case {', '.join(args.case)}; `python -m dlaccel.bench list cases` lists them")
-    selection = Selection(
-        cases, [DTYPES[d] for d in dtypes], targets, args.kernel,
-        per_kernel=args.per_kernel or (None if args.full or args.case else PER_KERNEL),
-        candidates=args.full and not args.per_kernel, override=args.config,
-    )  # fmt: skip
-    found = inspect(selection, args.jobs, keep=args.keep)
+    found = _own(args, targets) if args.file else inspect(_selection(args, ops, targets, dtypes), args.jobs, keep=args.keep)
     rows = [one.row() for one in found]
     if args.json:
         args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -401,11 +401,34 @@ def _main(args: argparse.Namespace) -> int:
     return 0 if args.keep or all(one.report.status == "ok" for one in found if one.chosen) else 1
 
 
+def _own(args: argparse.Namespace, targets: Sequence[str]) -> list[Inspected]:
+    ignored = [f"--{name}" for name in ("op", "case", "kernel", "dtype", "per_kernel", "diff") if getattr(args, name)]
+    if ignored:
+        raise UsageError(f"{', '.join(ignored).replace('_', '-')}: not for a kernel of your own")
+    if not args.signature:
+        raise UsageError('a kernel of your own needs --signature, its arguments in order, for example "*bf16:16, i32:16, 1024"')
+    return own_kernel(args.file, args.signature, args.config or {}, targets, args.jobs)
+
+
+def _selection(args: argparse.Namespace, ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str]) -> Selection:
+    known = families()
+    cases = [case for op in ops for case in gpu_cases(op)]
+    if args.full:
+        cases += [case for op in ops for case in known[op].SAMPLES]
+    if args.case:
+        cases = named(args.case, [case for op in ops for case in (*known[op].CASES, *known[op].SAMPLES)])
+    return Selection(
+        cases, [DTYPES[d] for d in dtypes], targets, args.kernel,
+        per_kernel=args.per_kernel or (None if args.full or args.case else PER_KERNEL),
+        candidates=args.full and not args.per_kernel, override=args.config,
+    )  # fmt: skip
+
+
 def _command(args: argparse.Namespace) -> list[str]:
     """The arguments that select, for inspecting another revision."""
-    lists = {"--op": args.op, "--case": args.case, "--target": args.target, "--dtype": args.dtype}
+    lists = {"--op": args.op, "--kernel": args.kernel, "--target": args.target, "--dtype": args.dtype}
     command = [word for option, values in lists.items() if values for word in (option, ",".join(values))]
-    command += ["--kernel", args.kernel] if args.kernel else []
+    command += [word for name in args.case for word in ("--case", name)]
     command += ["--config", ",".join(f"{k}={v}" for k, v in args.config.items())] if args.config else []
     command += [
         word for o in ("jobs", "per_kernel") if getattr(args, o) for word in (f"--{o}".replace("_", "-"), str(getattr(args, o)))
@@ -452,9 +475,3 @@ def table(found: Sequence[Inspected]) -> str:
         ]
         lines += [f"    ! {note}" for note in one.warnings()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(prog="python -m dlaccel.bench.inspect", description=__doc__)
-    add_arguments(_parser)
-    sys.exit(main(_parser.parse_args()))

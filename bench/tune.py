@@ -10,7 +10,6 @@ import argparse
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dlaccel.bench.case import Case, families, implementation
 from dlaccel.bench.compile import find_case, operator_calls
+from dlaccel.bench.options import DTYPES, UsageError, add_lists, choose, named
 
 if TYPE_CHECKING:
     from dlaccel.kernels.config import Choice, Config
@@ -189,35 +189,24 @@ def _now() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def names(text: str) -> list[str]:
-        return [word for word in text.replace(",", " ").split() if word]
-
-    parser.add_argument("--op", type=names, default=[], metavar="OP,...", help="default: all")
-    parser.add_argument("--case", type=names, default=[], metavar="NAME,...", help="default: those timed on GPUs")
-    parser.add_argument("--dtype", type=names, default=["bf16", "fp32"], metavar="D,...", help="of bf16, fp16, fp32")
+    add_lists(parser, op="default: all", case="default: those timed on GPUs", dtype="of bf16, fp16, fp32 (default: bf16, fp32)")
     parser.add_argument("--resume", action="store_true", help="leave out what the table holds already")
     parser.add_argument("--shipped", action="store_true", help="write kernels/tuned/<device>.json of this checkout")
 
 
 def main(args: argparse.Namespace) -> int:
-    from dlaccel.bench.inspect import DTYPES
     from dlaccel.kernels import config, measured
 
     if not torch.cuda.is_available():
-        print("tune: no GPU to measure on (torch.cuda.is_available() is False)", file=sys.stderr)
-        return 2
+        raise UsageError("tune: no GPU to measure on (torch.cuda.is_available() is False)")
     device = config.target_of(torch.device("cuda", torch.cuda.current_device())).name
     path = measured.SHIPPED / measured.file_name(device) if args.shipped else measured.user_file(device)
-    for op in args.op or families():
-        cases = [c for c in families()[op].CASES if (c.name in args.case if args.case else "cuda" in c.devices)]
-        for dtype in args.dtype:
-            for tuned in tune(op, cases, dtype=getattr(torch, DTYPES[dtype]), path=path, resume=args.resume):
+    known = families()
+    ops, dtypes = choose("op", args.op, known) or list(known), choose("dtype", args.dtype, DTYPES) or ["bf16", "fp32"]
+    cases = [case for op in ops for case in known[op].CASES if args.case or "cuda" in case.devices]
+    for case in named(args.case, cases) if args.case else cases:
+        for dtype in dtypes:
+            for tuned in tune(case.op, [case], dtype=getattr(torch, DTYPES[dtype]), path=path, resume=args.resume):
                 print(tuned, *tuned.failed, sep="\n    ", flush=True)
     print(f"wrote {os.fspath(path)}")
     return 0
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(prog="python -m dlaccel.bench.tune", description=__doc__)
-    add_arguments(_parser)
-    sys.exit(main(_parser.parse_args()))

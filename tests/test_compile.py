@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 
+from dlaccel.bench import __main__ as cli
 from dlaccel.bench import compile, expected, inspect, model
 from dlaccel.bench.case import families
 from dlaccel.bench.compile import Report, blocks_per_sm, compile_launch, compile_launches, identity, launches
@@ -175,12 +176,72 @@ def test_a_kernel_of_the_users_own(tmp_path: Path) -> None:
     assert vector.report.vector_loads == vector.report.vector_stores == 1 and not vector.report.scalar_accesses
     assert not scalar.report.vector_loads and scalar.report.scalar_accesses == 16
     assert any("no 16-byte access" in note for note in scalar.warnings())
-    for where, signature, error in (
-        ("nowhere.py:copy", "*bf16", "no such file"), (f"{file}:paste", "*bf16", "no @triton.jit function 'paste'"),
-        (f"{file}:copy", "*bf16", "has 4 arguments"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=error):
-            inspect.own_kernel(where, signature, {}, ["sm_90"])
+
+
+OWN = """
+import triton
+import triton.language as tl
+from own_helper import STEP
+
+@triton.jit
+def scale(x, y, n, factor, BLOCK: tl.constexpr, KEEP: tl.constexpr = False):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n, other=0.0) * factor, mask=i < n)
+
+tuned = triton.autotune([triton.Config({"BLOCK": 64}, num_warps=1), triton.Config({"BLOCK": 512}, num_warps=4)], ["n"])(scale)
+
+def plain(x):
+    return x
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own_helper.py").write_text("STEP = 1\n")
+    (tmp_path / "own.py").write_text(OWN)
+    return str(tmp_path / "own.py")
+
+
+def test_what_a_signature_leaves_out_comes_by_name(own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ["--signature", "*fp32:16, *fp32:16, i32, fp32", "--target", "sm_80,sm_90", "--json", str(out)]
+    assert run(f"{own}:scale", *words, "--config", "BLOCK=256") == 0
+    assert [json.loads(line)["target"] for line in out.read_text().splitlines()] == ["sm_80", "sm_90"]
+    assert run(f"{own}:tuned", *words) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["target"], row["warps"]) for row in rows] == [("sm_80", 1), ("sm_80", 4), ("sm_90", 1), ("sm_90", 4)]
+    assert run(f"{own}:scale", *words, "--config", "BLOCK=100") == 1  # does not compile
+    assert "power of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("where", "signature", "more", "message"),
+    [
+        ("nowhere.py:copy", "*bf16", [], "nowhere.py: no such file"),
+        ("{own}", "*bf16", [], "expected path/to/file.py:function"),
+        ("{own}:scales", "*bf16", [], "did you mean 'scale'"),
+        ("{own}:plain", "*bf16", [], "known: scale, tuned"),
+        ("{own}:scale", "", [], "needs --signature"),
+        (
+            "{own}:scale",
+            "*bf16, *bf16, i32, fp32, 64, True, 1",
+            [],
+            "takes 6 arguments (x, y, n, factor, BLOCK, KEEP), got more",
+        ),
+        ("{own}:scale", "*bf16, *bf16", [], "says nothing of n, factor, BLOCK: add a type or value, or --config n=VALUE"),
+        ("{own}:scale", "*float16, *bf16, i32, fp32, 64", [], "x takes a type (bf16, fp16, fp32"),
+        ("{own}:scale", "*bf16, *bf16, i32, fp32, i32", [], "BLOCK is a tl.constexpr and takes a value, got 'i32'"),
+        ("{own}:scale", "*bf16, *bf16, i32, fp32, 64", ["--op", "linear_relu"], "--op: not for a kernel of your own"),
+        ("{broken}:scale", "*bf16", [], "broken.py cannot be imported: ModuleNotFoundError: No module named 'not_there'"),
+    ],
+)
+def test_what_is_wrong_with_a_kernel_of_the_users_own_is_said(
+    own: str, where: str, signature: str, more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.py").write_text("import not_there\n")
+    path = where.format(own=own, broken=tmp_path / "broken.py")
+    assert run(path, *(["--signature", signature] if signature else []), *more) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_one_code_is_compiled_once_and_sizes_do_not_matter() -> None:
@@ -219,11 +280,7 @@ def test_blocks_per_sm() -> None:
 
 
 def run(*words: str) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    inspect.add_arguments(parser)
-    return inspect.main(parser.parse_args(words))
+    return cli.main(["inspect", *words])
 
 
 def test_the_command_prints_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,8 +302,51 @@ def test_the_command_prints_writes_and_compares(tmp_path: Path, capsys: pytest.C
     run(*select, "--config", "GROUP_M=4", "--diff", str(saved))
     printed = capsys.readouterr().out
     assert "linear_relu_kernel: config" in printed and "relu_backward_kernel" not in printed
-    assert run("--op", "linear_rely") == 2 and run("--target", "sm_12") == 2 and run("--case", "none") == 2
+    assert run("--op", "linear_rely") == 2 and run("--target", "sm_12") == 2 and run("--case", "absent") == 2
     assert run("--op", "linear_relu", "--diff", "no-such-revision") == 2
+
+
+def selected(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Selection:
+    """What these options select; nothing is compiled."""
+    seen: list[Selection] = []
+    monkeypatch.setattr(inspect, "inspect", lambda selection, jobs: seen.append(selection) or [])
+    assert run(*words) == 0
+    return seen[0]
+
+
+def test_options_are_repeated_or_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(*words: str) -> set[str]:
+        return {str(case) for case in selected(list(words), monkeypatch).cases}
+
+    both = {"linear_relu/1024x1024x1024", "linear_relu/ragged blocks"}
+    assert cases("--op", "linear_relu", "--case", "1024x1024x1024", "--case", "ragged blocks") == both
+    assert cases("--op", "linear_relu", "--case", "1024x1024x1024,ragged blocks") == both
+    assert cases("--case", "none, weights") == {"cross_entropy/none, weights"}  # a name with a comma
+    assert cases("--case", "batch_norm/1-d, weight only") == {"batch_norm/1-d, weight only"}
+    assert cases("--case", "x1024x1024") == {str(c) for f in families().values() for c in f.CASES if "x1024x1024" in c.name}
+    of_ops = {case.op for case in selected(["--op", "linear_relu", "--op", "batch_norm"], monkeypatch).cases}
+    assert of_ops == {"linear_relu", "batch_norm"}
+    words = [
+        "--target",
+        "sm_80",
+        "--target",
+        "sm_90,gfx942",
+        "--dtype",
+        "bf16",
+        "--dtype",
+        "fp16",
+        "--kernel",
+        "a,b",
+        "--kernel=c",
+    ]
+    found = selected(words, monkeypatch)
+    assert (found.targets, found.dtypes) == (["sm_80", "sm_90", "gfx942"], ["bfloat16", "float16"])
+    assert found.kernels == ["a", "b", "c"]
+
+
+def test_kernels_are_selected_by_parts_of_their_names() -> None:
+    few = Selection([inspect.gpu_cases("batch_norm")[0]], ["bfloat16"], ["sm_90"], ["gradient", "reduce"])
+    assert {launch.name for _, _, launch, _, _ in few.launches()} == {"gradient_kernel", "reduce_kernel"}
 
 
 def test_full_adds_targets_dtypes_and_candidates() -> None:
