@@ -54,9 +54,14 @@ def test_no_kernel_is_worse_than_expected(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942", "sm_80"])
 def test_what_may_be_bad_has_a_written_reason(target: str) -> None:
-    for name, entry in expected.load(target).items():
-        assert set(entry) - {"note"} == set(expected.entry(Report("", target, ""))), name
-        assert not entry["nan_dropping"] or entry.get("note"), f"{name}: maxima that lose a NaN, and no note says why they may"
+    fields = set(expected.entry(Report("", target, "")))
+    for name, whole in expected.stored(target).items():
+        versions = {version for version in whole if version.startswith("triton ")}
+        assert expected.BASE not in versions and set(whole) - {"note"} - versions == fields, name
+        assert all(whole[version] and set(whole[version]) <= fields for version in versions), name
+        for entry in (whole, *(whole[version] for version in versions)):
+            bad = entry.get("nan_dropping") or entry.get("stack_bytes")
+            assert not bad or whole.get("note"), f"{name}: spills or loses a NaN, and no note says why"
 
 
 # --- the gates catch worse code ---
@@ -131,12 +136,31 @@ def test_a_kernel_that_does_not_compile_fails() -> None:
     assert len(found) == 1 and found[0].startswith("failed:"), found
 
 
-def test_a_note_allows_a_spill_and_nothing_else() -> None:
-    report = Report("k", "sm_90", "", "spills", "9 spills", spills=9, nan_dropping=1, shared_bytes=100)
+def test_a_note_allows_what_is_expected_and_no_more() -> None:
+    report = Report("k", "sm_90", "", "spills", "9 spills", spills=9, stack_bytes=40, nan_dropping=1, shared_bytes=100)
     entry = expected.entry(report)
     assert len(expected.failures(report, entry, False)) == 2
-    assert expected.failures(report, entry | {"note": "why"}, False) == []
-    assert len(expected.failures(dataclasses.replace(report, nan_dropping=2), entry | {"note": "why"}, False)) == 1
+    noted = entry | {"note": "why"}
+    assert expected.failures(report, noted, False) == []
+    for worse in ({"nan_dropping": 2}, {"stack_bytes": 48}, {"shared_bytes": 200}):
+        assert len(expected.failures(dataclasses.replace(report, **worse), noted, False)) == 1
+    assert len(expected.failures(report, noted | {"stack_bytes": 0}, False)) == 1  # the note is of the maxima
+
+
+def test_what_another_triton_does_worse_stands_beside_the_entry() -> None:
+    """An update on an overlay writes what fails without it, and nothing else; BASE writes the rest."""
+    report = Report("k", "sm_90", "", shared_bytes=1000, vector_loads=4)
+    base = expected.updated(None, report, False, expected.BASE)
+    little, much = dataclasses.replace(report, shared_bytes=1100), dataclasses.replace(report, shared_bytes=2000)
+    assert expected.updated(base, little, False, "triton 3.9") == base  # within the slack
+    both = expected.updated(base | {"note": "why"}, much, False, "triton 3.9")
+    assert both == base | {"note": "why", "triton 3.9": {"shared_bytes": 2000}}
+    assert expected.failures(much, expected.of_version(both, "triton 3.9"), False) == []
+    for other in (expected.BASE, "triton 3.6", "triton 4.0"):
+        assert expected.failures(much, expected.of_version(both, other), False) != []
+    assert expected.updated(both, report, False, "triton 3.9") == base | {"note": "why"}  # no longer needed
+    narrow = dataclasses.replace(report, vector_loads=0)
+    assert expected.updated(both, narrow, False, expected.BASE) == both | {"wide_loads": False}  # what 3.9 needs is kept
 
 
 # --- reading and compiling ---
