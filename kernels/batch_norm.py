@@ -47,9 +47,8 @@ DIRECT = 64  # slices whose sums every program adds up itself; more of them take
 GROUPS = 16
 
 
-@config.choice("batch_norm")
-def tile_config(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
-    """For all four kernels: 2048 elements, 16 a thread."""
+def tile(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
+    """2048 elements, 16 a thread."""
     if target.interpreted:
         return {"BLOCK_R": 16, "BLOCK_N": 16} if S == 1 else {"BLOCK_R": 4, "BLOCK_N": 32}
     if S == 1:
@@ -59,6 +58,20 @@ def tile_config(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> C
         waste = [cdiv(S, b) * b / S for b in blocks]
         columns = next((b for b, w in zip(blocks, waste, strict=True) if w < 1.2), blocks[waste.index(min(waste))])
     return {"BLOCK_R": power_of_two(R, 1, 2048 // columns), "BLOCK_N": columns, "num_warps": 4}
+
+
+def tile_candidates(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> list[Config]:
+    chosen = tile(target, dtype, R, C, S)
+    r, n = chosen["BLOCK_R"], chosen["BLOCK_N"]
+    blocks = [(r, n, 8), (2 * r, n, 4), (2 * r, n, 8), (r // 2, n, 4) if r > 1 else (r, n // 2, 4)]
+    if S == 1:
+        blocks.append((max(r // 2, 1), 2 * n, 4))
+    return [{"BLOCK_R": r, "BLOCK_N": n, "num_warps": warps} for r, n, warps in blocks]
+
+
+forward_config = config.choice("batch_norm.forward")(tile)  # statistics_kernel, normalise_kernel
+backward_config = config.choice("batch_norm.backward")(tile)  # reduce_kernel, gradient_kernel
+forward_config.candidates = backward_config.candidates = tile_candidates
 
 
 @triton.jit
@@ -381,7 +394,7 @@ def _one_stride(t: Tensor, dims: Sequence[int]) -> int | None:
 class Tiling:
     """What the launches of one call have in common."""
 
-    def __init__(self, x: Tensor, *others: Tensor | None) -> None:
+    def __init__(self, choice: config.Choice, x: Tensor, *others: Tensor | None) -> None:
         """others: inputs of x's shape. Outputs are laid out as empty_like(x)."""
         like = x if _is_dense(x) else torch.empty_like(x, device="meta")
         self.view = view = View.of(like)
@@ -402,7 +415,7 @@ class Tiling:
             r, b, n = s or (0, 0, 0)
             self.strides += [r // vec, b // vec, n]
 
-        chosen = tile_config(x.device, x.dtype, view.R, view.C, view.S)
+        chosen = choice(x.device, x.dtype, view.R, view.C, view.S)
         self.blocks = view.C if runs else cdiv(view.C, chosen["BLOCK_N"])
         tiles = cdiv(view.R, chosen["BLOCK_R"]) * (cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
         wanted = cdiv(RESIDENT * config.target_of(x.device).sms, self.blocks)
@@ -467,7 +480,7 @@ def batch_norm(
             num_batches_tracked.add_(1)
         return y, x.new_zeros(x.shape[1], dtype=_wide(x)), x.new_zeros(x.shape[1], dtype=_wide(x))
     mean, rstd, shift = (x.new_empty(x.shape[1], dtype=_wide(x)) for _ in range(3))
-    tiling = Tiling(x, residual)
+    tiling = Tiling(forward_config, x, residual)
     sums, squares = tiling.partials(x)
     tiling.launch(
         statistics_kernel, tiling.x, sums, squares, shift, num_batches_tracked, *tiling.sizes, *tiling.tiles,
@@ -488,7 +501,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations per channel, in float64; zeros of an empty tensor."""
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
-    tiling = Tiling(x)
+    tiling = Tiling(forward_config, x)
     sums, squares = tiling.partials(x)
     shift = x.new_empty(x.shape[1], dtype=_wide(x))
     tiling.launch(
@@ -507,7 +520,7 @@ def batch_norm_inference(
 ) -> Tensor:  # fmt: skip
     y = torch.empty_like(x)
     if x.numel():
-        tiling = Tiling(x, residual)
+        tiling = Tiling(forward_config, x, residual)
         tiling.launch(
             normalise_kernel, tiling.x, _vector(weight), _vector(bias), *tiling.others, y, _vector(mean), _vector(var),
             None, None, None, None, None, None, 0.0, 0.0, *tiling.sizes, 0, *tiling.tiles, *tiling.strides, 0, 0,
@@ -525,7 +538,7 @@ def batch_norm_backward(
     dx, dw, db, dresidual = (empty(t) if wanted else None for t, wanted in zip((x, like, like, x), mask, strict=True))
     if x.numel() == 0 or not any(mask):
         return dx, dw, db, dresidual
-    tiling = Tiling(x, dy)
+    tiling = Tiling(backward_config, x, dy)
     x, g = tiling.x, tiling.others[0]
     of_x, of_g, of_y = (tiling.strides[i : i + 3] for i in (0, 3, 6))
     recompute = activation is not None and bias is not None
@@ -560,5 +573,6 @@ def explain(name: str, *args: Any) -> str:
     }
     view = View.of(torch.empty_like(x, device="meta"))
     sizes = view.R, view.C, view.S
-    chosen = config.written(tile_config(x.device, x.dtype, *sizes))
-    return f"{kernels[name]}, {chosen}, {tile_config.source(x.device, x.dtype, *sizes)}"
+    choice = backward_config if name == "batch_norm_backward" else forward_config
+    chosen = config.written(choice(x.device, x.dtype, *sizes))
+    return f"{kernels[name]}, {chosen}, {choice.source(x.device, x.dtype, *sizes)}"

@@ -100,6 +100,49 @@ def backward_config(target: Target, dtype: torch.dtype, C: int, along_classes: b
     return {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 4}
 
 
+def _tiles(*tiles: tuple[int, int, int]) -> list[Config]:
+    return [{"BLOCK_R": rows, "BLOCK_C": classes, "num_warps": warps} for rows, classes, warps in tiles]
+
+
+def tile_candidates(target: Target, dtype: torch.dtype, C: int, whole: bool, along_classes: bool) -> list[Config]:
+    if whole:  # all classes, and no fewer warps than registers want
+        chosen = tile_config.static(target, dtype, C, whole, along_classes)
+        rows, classes = chosen["BLOCK_R"], chosen["BLOCK_C"]
+        most = 1024 // target.warp
+        offered = [(n, classes, warps) for n in (rows, 2 * rows, max(rows // 2, 1)) for warps in (4, 8, 16)]
+        return _tiles(
+            *[t for t in offered if _warps(target, t[0] * classes) <= t[2] <= min(most, t[0] * classes // target.warp)]
+        )
+    if along_classes:
+        return _tiles((1, 1024, 4), (1, 2048, 4), (1, 4096, 4), (1, 4096, 8), (1, 8192, 16 if target.warp == 32 else 8))
+    return _tiles((32, 32, 4), (64, 16, 4), (128, 16, 4), (128, 32, 8), (64, 64, 8))
+
+
+def prob_candidates(target: Target, dtype: torch.dtype, C: int, along_classes: bool) -> list[Config]:
+    if along_classes:
+        return _tiles((1, 1024, 4), (1, 2048, 8), (1, 4096, 8), (4, 512, 4))
+    return _tiles((32, 32, 4), (64, 16, 4), (128, 16, 8), (64, 32, 8))
+
+
+def slices_candidates(target: Target, dtype: torch.dtype, R: int, C: int) -> list[Config]:
+    chosen = slices_config.static(target, dtype, R, C)
+    slices, block = chosen["SLICES"], chosen["BLOCK_C"]
+    offered = [(2 * slices, block, 4), (slices // 2, block, 4), (slices, 1024, 4), (slices, 4096, 8), (2 * slices, 1024, 4)]
+    return [{"SLICES": n, "BLOCK_C": c, "num_warps": warps} for n, c, warps in offered if 1 <= n <= 64]
+
+
+def backward_candidates(target: Target, dtype: torch.dtype, C: int, along_classes: bool) -> list[Config]:
+    if along_classes:
+        return _tiles((1, 1024, 4), (1, 2048, 4), (1, 2048, 8), (1, 4096, 8), (2, 1024, 4))
+    return _tiles((32, 32, 4), (64, 16, 4), (128, 16, 4), (128, 32, 8), (64, 64, 8))
+
+
+tile_config.candidates = tile_candidates
+prob_config.candidates = prob_candidates
+slices_config.candidates = slices_candidates
+backward_config.candidates = backward_candidates
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 

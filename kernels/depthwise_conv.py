@@ -48,7 +48,7 @@ from torch import Tensor
 from dlaccel.memory_format import empty, suggests_channels_last
 
 from . import config
-from .config import Config, Target, power_of_two
+from .config import Config, Target, cdiv, power_of_two
 from .launch import launch
 
 Ints = Sequence[int]
@@ -60,7 +60,7 @@ WAVES = 4  # wgrad programs per multiprocessor
 
 def _slides(size: int, most: int) -> int:
     """How many results along `s` one program makes: few left over, then many."""
-    return min((t for t in (8, 7, 4) if t <= most), key=lambda t: (triton.cdiv(size, t) * t, -t))
+    return min((t for t in (8, 7, 4) if t <= most), key=lambda t: (cdiv(size, t) * t, -t))
 
 
 @config.choice("depthwise_conv.forward")
@@ -98,6 +98,39 @@ def wgrad_config(target: Target, dtype: torch.dtype, channels_last: bool, channe
     elements = (1024 if taps <= 9 else 512 if taps <= 25 else 256) if channels_last else (512 if taps <= 9 else 256)
     lanes = power_of_two(channels if channels_last else across, 8, 64)
     return {"ROWS": elements // lanes, "LANES": lanes, "T": 4 if taps <= 25 else 2, "num_warps": 4}
+
+
+def _around(chosen: Config, slides: Sequence[int]) -> list[Config]:
+    """Other slides, and half or twice the tile or the warps."""
+    rows = chosen["ROWS"]
+    changes = [{"T": t} for t in slides if t != chosen["T"]]
+    changes += [{"num_warps": 8}, {"ROWS": 2 * rows, "num_warps": 8}, *([{"ROWS": rows // 2}] if rows > 1 else [])]
+    return [chosen | change for change in changes]
+
+
+def forward_candidates(
+    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, along: int, taps: int
+) -> list[Config]:
+    chosen = forward_config.static(target, dtype, channels_last, channels, across, along, taps)
+    return _around(chosen, (4, 7) if channels_last else (4, 7, 8))
+
+
+def dgrad_candidates(
+    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, along: int, taps: int, stride: int
+) -> list[Config]:
+    chosen = dgrad_config.static(target, dtype, channels_last, channels, across, along, taps, stride)
+    return _around(chosen, (1, 2) if stride > 1 else (4, 7) if channels_last else (4, 7, 8))
+
+
+def wgrad_candidates(
+    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, taps: int
+) -> list[Config]:
+    return _around(wgrad_config.static(target, dtype, channels_last, channels, across, taps), (2, 4))
+
+
+forward_config.candidates = forward_candidates
+dgrad_config.candidates = dgrad_candidates
+wgrad_config.candidates = wgrad_candidates
 
 
 @triton.jit
@@ -366,7 +399,7 @@ def _programs(shape: Ints, channels_last: bool, chosen: Config, results: int) ->
     n, c, *spatial = shape
     across, along = _by_role(channels_last, spatial)
     rows, lanes = (n * across, c) if channels_last else (n * c, across)
-    return triton.cdiv(rows, chosen["ROWS"]) * triton.cdiv(lanes, chosen["LANES"]) * triton.cdiv(along, results)
+    return cdiv(rows, chosen["ROWS"]) * cdiv(lanes, chosen["LANES"]) * cdiv(along, results)
 
 
 def _forward_choice(y_shape: Ints, channels_last: bool, geometry: dict[str, int]) -> tuple[int, ...]:
@@ -442,17 +475,17 @@ def depthwise_conv2d_wgrad(
     taps_a = ka if ka * taps_s <= ACCUMULATORS else 1
     chosen = wgrad_config(dy.device, dy.dtype, channels_last, channels, across, taps_a * taps_s)
     rows, lanes = chosen["ROWS"], chosen["LANES"]
-    blocks = triton.cdiv(channels, lanes if channels_last else rows)
+    blocks = cdiv(channels, lanes if channels_last else rows)
     groups = (ka // taps_a) * (ks // taps_s)
-    tiles = triton.cdiv(images * across, rows) if channels_last else images * triton.cdiv(across, lanes)
-    steps = tiles * triton.cdiv(along, chosen["T"])
-    splits = min(steps, triton.cdiv(WAVES * config.target_of(dy.device).sms, blocks * groups))
+    tiles = cdiv(images * across, rows) if channels_last else images * cdiv(across, lanes)
+    steps = tiles * cdiv(along, chosen["T"])
+    splits = min(steps, cdiv(WAVES * config.target_of(dy.device).sms, blocks * groups))
     wide = torch.promote_types(dy.dtype, torch.float32)
     partial = dy.new_empty((splits, ka * ks, channels), dtype=wide)
     launch(
         depthwise_wgrad_kernel, (blocks, groups, splits),
         dy, x, partial, images, channels, across, along, *_by_role(channels_last, x.shape[2:]),
-        triton.cdiv(steps, max(splits, 1)), *_strides(dy, channels_last), *_strides(x, channels_last),
+        cdiv(steps, max(splits, 1)), *_strides(dy, channels_last), *_strides(x, channels_last),
         **geometry, MULTIPLIER=channels // x.shape[1], TAPS_A=taps_a, TAPS_S=taps_s,
         CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(dy), **chosen,
     )  # fmt: skip

@@ -116,6 +116,36 @@ def test_candidates_that_fail_are_left_out() -> None:
     assert len(forward.failed) > 3 and all("out of resources" in reason for reason in forward.failed)
 
 
+LOGITS = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0))  # more classes than a tile holds
+CALLS: list[tuple[str, Any, set[str]]] = [  # op, case or arguments, the choices consulted
+    ("linear_relu", "ragged blocks", {"linear_relu.forward", "linear_relu.prepass"}),
+    ("batch_norm", "2-d, relu", {"batch_norm.forward", "batch_norm.backward"}),
+    ("batch_norm", "ragged blocks, channels_last", {"batch_norm.forward", "batch_norm.backward"}),
+    ("cross_entropy", "none, weights", {"cross_entropy.tile"}),
+    ("cross_entropy", "images, none", {"cross_entropy.tile"}),
+    (
+        "cross_entropy",
+        (LOGITS, torch.tensor([0, 1499, 7])),
+        {"cross_entropy.tile", "cross_entropy.slices", "cross_entropy.backward"},
+    ),
+    ("cross_entropy", (LOGITS, LOGITS.softmax(1)), {"cross_entropy.prob", "cross_entropy.backward"}),
+    ("cross_entropy", "probabilities, images, none", {"cross_entropy.prob", "cross_entropy.tile"}),
+    *(
+        ("depthwise_conv2d", sample, {f"depthwise_conv.{of}" for of in ("forward", "dgrad", "wgrad")})
+        for sample in ("bias", "1x9", "4x5 channels_last")
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "call", "choices"), CALLS, ids=lambda value: value if isinstance(value, str) else "")
+def test_candidates_give_the_values_of_the_static_choice(op: str, call: Any, choices: set[str]) -> None:
+    """The configurations of an H100, interpreted; tune compares the outputs."""
+    found = tune(op, [call], dtype=torch.float32, timer=lambda call: 1.0)
+    assert {tuned.choice for tuned in found} == choices
+    for tuned in found:
+        assert not tuned.failed and 3 <= tuned.tried - 1 <= 14, tuned
+
+
 def test_a_candidate_with_other_values_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs the candidates; one of them is made to compute something else."""
     blocks = [{"BLOCK_M": m, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2} for m in (32, 16, 64)]
