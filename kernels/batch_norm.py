@@ -25,6 +25,7 @@ backward 5; with a residual and an activation 4 and 7 (plain torch, in place: 8 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
@@ -369,26 +370,48 @@ class View(NamedTuple):
     S: int
 
     @classmethod
-    def of(cls, y: Tensor) -> View:
-        order = sorted((d for d in range(y.dim()) if d != 1), key=y.stride, reverse=True)
-        outer = tuple(d for d in order if y.stride(d) > y.stride(1) and y.shape[1] > 1 and y.shape[d] > 1)
-        inner = tuple(d for d in order if d not in outer and y.shape[d] > 1)
-        return cls(outer, inner, math.prod(y.shape[d] for d in outer), y.shape[1], math.prod(y.shape[d] for d in inner))
+    def of(cls, shape: torch.Size, stride: tuple[int, ...]) -> View:
+        order = sorted((d for d in range(len(shape)) if d != 1), key=stride.__getitem__, reverse=True)
+        outer = tuple(d for d in order if stride[d] > stride[1] and shape[1] > 1 and shape[d] > 1)
+        inner = tuple(d for d in order if d not in outer and shape[d] > 1)
+        return cls(outer, inner, math.prod(shape[d] for d in outer), shape[1], math.prod(shape[d] for d in inner))
 
-    def strides(self, t: Tensor) -> tuple[int, int, int] | None:
-        """Strides (r, b, n) of t, or None where they do not exist."""
-        r, s = _one_stride(t, self.outer), _one_stride(t, self.inner)
+    def strides(self, shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, int] | None:
+        """Strides (r, b, n) of a tensor of this shape, or None where they do not exist."""
+        r, s = _one_stride(shape, stride, self.outer), _one_stride(shape, stride, self.inner)
         if r is None or s is None:
             return None
-        return (r, 0, t.stride(1)) if self.S == 1 else (r, t.stride(1), s)
+        return (r, 0, stride[1]) if self.S == 1 else (r, stride[1], s)
 
 
-def _one_stride(t: Tensor, dims: Sequence[int]) -> int | None:
+def _one_stride(shape: torch.Size, stride: tuple[int, ...], dims: Sequence[int]) -> int | None:
     """The stride with which these dimensions are walked as one."""
     for d, e in itertools.pairwise(dims):
-        if t.stride(d) != t.stride(e) * t.shape[e]:
+        if stride[d] != stride[e] * shape[e]:
             return None
-    return t.stride(dims[-1]) if dims else 0
+    return stride[dims[-1]] if dims else 0
+
+
+class Walk(NamedTuple):
+    """How the tensors of a call are walked; it follows from their layouts alone."""
+
+    view: View
+    copied: tuple[bool, ...]  # no single stride, so no kernel: to be brought to the layout of the outputs first
+    strides: tuple[int, ...]  # of the inputs and the outputs, three each; those of an absent tensor are not used
+    vec: int  # divides the sizes and strides that the kernels multiply by it
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def of(cls, shape: torch.Size, layout: tuple[int, ...], *layouts: tuple[int, ...] | None) -> Walk:
+        """layout: the outputs' strides; layouts: the inputs'."""
+        view = View.of(shape, layout)
+        found = [None if one is None else view.strides(shape, one) for one in layouts]
+        copied = tuple(one is not None and strides is None for one, strides in zip(layouts, found, strict=True))
+        of_outputs = view.strides(shape, layout)
+        every = [*(of_outputs if copy else strides for copy, strides in zip(copied, found, strict=True)), of_outputs]
+        vec = math.gcd(16, view.S if view.S > 1 else view.C, *[n for s in every if s is not None for n in s[:2]])
+        flat = tuple(n for s in every for r, b, n in [s or (0, 0, 0)] for n in (r // vec, b // vec, n))
+        return cls(view, copied, flat, vec)
 
 
 class Tiling:
@@ -397,35 +420,29 @@ class Tiling:
     def __init__(self, choice: config.Choice, x: Tensor, *others: Tensor | None) -> None:
         """others: inputs of x's shape. Outputs are laid out as empty_like(x)."""
         like = x if _is_dense(x) else torch.empty_like(x, device="meta")
-        self.view = view = View.of(like)
         self.layout = like.stride()
-        inputs = [x, *others]
-        strides = [None if t is None else view.strides(t) for t in inputs]
-        for i, t in enumerate(inputs):
-            if t is not None and strides[i] is None:  # no single stride, so no kernel: bring it to the layout of the output
-                inputs[i] = self.laid_out(t)
-                strides[i] = view.strides(like)
+        inputs = (x, *others)
+        walk = Walk.of(x.shape, self.layout, *[None if t is None else t.stride() for t in inputs])
+        if any(walk.copied):
+            inputs = tuple(
+                self.laid_out(t) if copy and t is not None else t for t, copy in zip(inputs, walk.copied, strict=True)
+            )
         self.x, *self.others = inputs
+        self.view, self.strides = walk.view, walk.strides
+        view = self.view
         runs = view.S > 1
-        columns = view.S if runs else view.C
-        of_outputs = view.strides(like)
-        vec = math.gcd(16, columns, *[n for s in (*strides, of_outputs) if s is not None for n in s[:2]])
-        self.strides: list[int] = []  # of x, the others and the outputs; those of an absent tensor are not used
-        for s in (*strides, of_outputs):
-            r, b, n = s or (0, 0, 0)
-            self.strides += [r // vec, b // vec, n]
 
-        chosen = choice(x.device, x.dtype, view.R, view.C, view.S)
+        chosen, target = choice(x.device, x.dtype, view.R, view.C, view.S), config.target_of(x.device)
         self.blocks = view.C if runs else cdiv(view.C, chosen["BLOCK_N"])
         tiles = cdiv(view.R, chosen["BLOCK_R"]) * (cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
-        wanted = cdiv(RESIDENT * config.target_of(x.device).sms, self.blocks)
-        least = 1 if config.target_of(x.device).interpreted else TILES
+        wanted = cdiv(RESIDENT * target.sms, self.blocks)
+        least = 1 if target.interpreted else TILES
         per_program = cdiv(tiles, max(1, min(wanted, tiles // least)))
         self.parts = cdiv(tiles, per_program)
-        self.sizes = view.R, view.C, columns // vec
+        self.sizes = view.R, view.C, (view.S if runs else view.C) // walk.vec
         self.tiles = tiles, per_program
         self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-        self.constants: dict[str, Any] = {"RUNS": runs, "VEC": vec, "ACC": self.acc, **chosen}
+        self.constants: dict[str, Any] = {"RUNS": runs, "VEC": walk.vec, "ACC": self.acc, **chosen}
         self.merge = 64 if runs else 16
 
     def laid_out(self, t: Tensor) -> Tensor:
@@ -437,8 +454,8 @@ class Tiling:
 
     def partials(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for two sums per slice and channel."""
-        shape, dtype = (self.parts, self.view.C), _wide(like)
-        return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
+        first = like.new_empty((self.parts, self.view.C), dtype=_wide(like))
+        return first, torch.empty_like(first)
 
     def collapsed(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, int]:
         """The same with few enough slices, and their number."""
@@ -459,6 +476,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@functools.lru_cache(maxsize=64)
 def _in_two(number: float) -> tuple[float, float]:
     """A kernel's numbers are float32: this one's rounded value, and what that leaves."""
     (rounded,) = struct.unpack("f", struct.pack("f", number))
@@ -479,7 +497,8 @@ def batch_norm(
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return y, x.new_zeros(x.shape[1], dtype=_wide(x)), x.new_zeros(x.shape[1], dtype=_wide(x))
-    mean, rstd, shift = (x.new_empty(x.shape[1], dtype=_wide(x)) for _ in range(3))
+    mean = x.new_empty(x.shape[1], dtype=_wide(x))
+    rstd, shift = torch.empty_like(mean), torch.empty_like(mean)
     tiling = Tiling(forward_config, x, residual)
     sums, squares = tiling.partials(x)
     tiling.launch(
@@ -571,7 +590,7 @@ def explain(name: str, *args: Any) -> str:
         "batch_norm_inference": "normalise_kernel",
         "batch_norm_backward": "reduce_kernel, gradient_kernel",
     }
-    view = View.of(torch.empty_like(x, device="meta"))
+    view = View.of(x.shape, torch.empty_like(x, device="meta").stride())
     sizes = view.R, view.C, view.S
     choice = backward_config if name == "batch_norm_backward" else forward_config
     chosen = config.written(choice(x.device, x.dtype, *sizes))

@@ -146,18 +146,18 @@ def _kinds(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """
     kinds: list[Any] = []
     for a in args:
-        if isinstance(a, Tensor):
-            kinds += a.dtype, a.data_ptr() % 16 == 0
+        if type(a) is int:
+            kinds.append("one" if a == 1 else a & 15 == 0)
+            if a >> 31:  # none for 0 <= a < 2**31
+                kinds.append("u64" if a >= 2**63 else "i32" if -(2**31) <= a < 0 else "i64")
+        elif isinstance(a, Tensor):
+            kinds += a.dtype, a.data_ptr() & 15 == 0
             if _HIP:
                 kinds.append(a.untyped_storage().nbytes() < 2**31)  # offsets of 32 bits
-        elif type(a) is int:
-            kinds.append("one" if a == 1 else a % 16 == 0)
-            if not -(2**31) <= a < 2**31:
-                kinds.append("u64" if a >= 2**63 else "i64")
-        elif isinstance(a, TensorDescriptor):
-            kinds += a.base.dtype, tuple(a.block_shape), a.padding, getattr(a, "round_f32_to_tf32", False)
         elif a is None or type(a) in (float, bool):
             kinds.append(type(a))
+        elif isinstance(a, TensorDescriptor):
+            kinds += a.base.dtype, tuple(a.block_shape), a.padding, getattr(a, "round_f32_to_tf32", False)
         else:
             return None
     return tuple(kinds)
