@@ -303,7 +303,11 @@ def _source_hash(file: str) -> str:
 def _is_host_code(node: ast.stmt) -> bool:
     if isinstance(node, ast.FunctionDef):
         return not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
-    return isinstance(node, ast.ClassDef) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    if isinstance(node, ast.Assign):  # of a choice of configurations, or to its attributes
+        return "config.choice" in ast.unparse(node.value) or all(isinstance(target, ast.Attribute) for target in node.targets)
+    return isinstance(node, ast.ClassDef | ast.Import | ast.ImportFrom) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
 
 
 @functools.cache

@@ -64,7 +64,13 @@ def tile(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
 def tile_candidates(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> list[Config]:
     chosen = tile(target, dtype, R, C, S)
     r, n = chosen["BLOCK_R"], chosen["BLOCK_N"]
-    blocks = [(r, n, 8), (2 * r, n, 4), (2 * r, n, 8), (r // 2, n, 4) if r > 1 else (r, n // 2, 4)]
+    half = (r // 2, n) if r > 1 else (r, n // 2)
+    blocks = [
+        (r, n, 8),
+        (2 * r, n, 8),
+        (*half, 4),
+        (*half, 2),
+    ]  # more than 16 elements a thread spill where rows are not aligned
     if S == 1:
         blocks.append((max(r // 2, 1), 2 * n, 4))
     return [{"BLOCK_R": r, "BLOCK_N": n, "num_warps": warps} for r, n, warps in blocks]

@@ -125,7 +125,7 @@ def dgrad_candidates(
 def wgrad_candidates(
     target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, taps: int
 ) -> list[Config]:
-    return _around(wgrad_config.static(target, dtype, channels_last, channels, across, taps), (2, 4))
+    return _around(wgrad_config.static(target, dtype, channels_last, channels, across, taps), (2, 4) if taps <= 25 else (1, 2))
 
 
 forward_config.candidates = forward_candidates

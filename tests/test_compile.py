@@ -382,6 +382,22 @@ def test_full_adds_targets_dtypes_and_candidates() -> None:
     assert len({inspect.config_of(launch) for _, _, launch, _, _ in found}) == len(found)
 
 
+WITH_CANDIDATES = {
+    "batch_norm": ["256x64x112x112 relu", "256x64x112x112 relu channels_last", "256x512x7x7 relu"],
+    "cross_entropy": ["1048576x10", "65536x1000", "8192x32000", "128x128256", "8192x32000 probabilities", "16x150x512x512"],
+    "depthwise_conv2d": ["128x128x56 K3", "128x96x56 K7", "64x128x56 K31", "8x64x112 K3 s2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in WITH_CANDIDATES.items() for name in names])
+def test_no_candidate_spills(op: str, name: str) -> None:
+    layouts = [case for case in families()[op].CASES if case.name in (name, f"{name} channels_last")]
+    found = inspect.inspect(Selection(layouts, ["bfloat16", "float32"], ["sm_90"], candidates=True))
+    wrong = [(one.report.kernel, one.dtype, one.config, one.report.reason) for one in found if one.report.status != "ok"]
+    assert not wrong and sum(not one.chosen for one in found) >= 6
+
+
 # --- the model ---
 
 
