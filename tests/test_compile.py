@@ -333,7 +333,7 @@ def test_the_command_prints_writes_and_compares(tmp_path: Path, capsys: pytest.C
 def selected(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Selection:
     """What these options select; nothing is compiled."""
     seen: list[Selection] = []
-    monkeypatch.setattr(inspect, "inspect", lambda selection, jobs: seen.append(selection) or [])
+    monkeypatch.setattr(inspect, "inspect", lambda selection, jobs, keep: seen.append(selection) or [])
     assert run(*words) == 0
     return seen[0]
 
