@@ -7,6 +7,7 @@ through the batch in pieces that stay in the cache. Other dtypes and layouts kee
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor
 aten = torch.ops.aten
 _native = torch.native_batch_norm
 _native_backward = aten.native_batch_norm_backward.default
+_group_norm_backward = aten.native_group_norm_backward.default
 
 PIECE = 1 << 20  # bytes that stay in a core's cache
 LARGE = 8 << 20  # bytes above which a second pass over a tensor comes from memory
 LEAST = 1 << 17  # elements below which merging costs more than aten's statistics
-# Group norm keeps float32 sums: above this ratio |mean| / standard deviation they are less accurate than aten's.
-TRUSTED = 5.0
+ROW = 256  # values summed in float32
+# Above these ratios |mean| / standard deviation, sums of squares and group norm's statistics are less accurate than aten's.
+NEAR, FAR = 2.0, 5.0
 
 
 WIDE = {torch.float64: torch.float64}  # the dtype of statistics, where it is not float32
@@ -113,26 +116,47 @@ def uses_group_norm(x: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _group_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance per channel in float64, or None where group norm's sums would not be accurate enough."""
+@functools.cache
+def _row_length(size: int) -> int:
+    """The largest divisor of size that is at most ROW."""
+    return next(size // k for k in range(1, size + 1) if size % k == 0 and size // k <= ROW)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance per channel in float64, or None where float32 sums would not be accurate enough."""
+    length = _row_length(math.prod(x.shape[2:]))
+    rows = x.view(1, -1, length)
+    count = rows.shape[1]
+    # Group norm's backward sums dy x and dy, here x^2 and x: of each row, with a channel and a group of its own.
+    mean, rstd = x.new_zeros(1, count), x.new_ones(1, count)
+    wanted = [False, True, True]
+    _, squares, sums = _group_norm_backward(rows, rows, mean, rstd, rstd[0], 1, count, length, count, wanted)
+    of_channel = len(x), x.shape[1], -1
+    values = x.numel() // x.shape[1]
+    mean = sums.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values)
+    var = squares.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values).sub_(mean.square())
+    if _within(NEAR, mean, var):
+        return mean, var
+    return _group_norm_statistics(x) if _within(FAR, mean, var) else None
+
+
+def _group_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by group norm's forward: it centres, and so stays accurate farther from zero, at three times the cost."""
     channels, size = x.shape[1], math.prod(x.shape[2:])
     means, rstds = [], []
     for (piece,) in _pieces(x):
         _, mean, rstd = torch.native_group_norm(piece, None, None, piece.shape[0], channels, size, channels, 0.0)
         means.append(mean)
         rstds.append(rstd)
-        if len(means) == 1 and len(piece) < len(x) and not _trusted(mean, rstd.square().reciprocal_()):
-            return None
     of_samples = torch.cat(means).double()
     mean = of_samples.mean(0)
     within = torch.cat(rstds).double().square_().reciprocal_()
-    var = of_samples.sub_(mean).square_().add_(within).mean(0)
-    return (mean, var) if _trusted(mean, var) else None
+    return mean, of_samples.sub_(mean).square_().add_(within).mean(0)
 
 
-def _trusted(mean: Tensor, var: Tensor) -> bool:
-    """False for NaN and for values that overflow as well."""
-    return bool((mean.square() <= var * TRUSTED**2).all()) and math.isfinite(var.sum())
+def _within(ratio: float, mean: Tensor, var: Tensor) -> bool:
+    """Whether |mean| is at most so many standard deviations in every channel; False also for NaN and what overflows."""
+    return bool((mean.square() <= var * ratio**2).all()) and math.isfinite(var.sum())
 
 
 def _update(running: Tensor, new: Tensor, momentum: Any) -> None:
@@ -158,7 +182,7 @@ def batch_norm(
         assert num_batches_tracked is not None
         factor = 1 / int(num_batches_tracked) if x.is_cpu else num_batches_tracked.reciprocal()
 
-    statistics = _group_norm_statistics(x) if uses_group_norm(x) else None
+    statistics = _statistics(x) if uses_group_norm(x) else None
     if statistics is not None:
         mean, var = statistics
         if running_mean is not None and running_var is not None:
