@@ -1,8 +1,8 @@
 """batch_norm in plain torch, for any device.
 
-aten's statistics of a contiguous float32 NCHW tensor run at a fifth of the memory's rate. Those of group norm with a group per
-channel run at the full rate, so on the CPU they are taken per sample and channel, and merged per channel in float64. Work goes
-through the batch in pieces that stay in the cache. Other dtypes and layouts keep aten's own statistics.
+aten's statistics of a contiguous float32 NCHW tensor run at a fifth of the memory's rate. Group norm's backward sums at the
+full rate, so on the CPU it gives the sums of short runs of a channel, which are merged in float64. Work goes through the batch
+in pieces that stay in the cache. Other dtypes and layouts keep aten's own statistics.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _group_norm_backward = aten.native_group_norm_backward.default
 
 PIECE = 1 << 20  # bytes that stay in a core's cache
 LARGE = 8 << 20  # bytes above which a second pass over a tensor comes from memory
-LEAST = 1 << 17  # elements below which merging costs more than aten's statistics
-ROW = 256  # values summed in float32
+LEAST = 3 << 18  # elements below which calls from Python cost more than aten's statistics
+SHORTEST, RUN = 16, 256  # values summed in float32
 # Above these ratios |mean| / standard deviation, sums of squares and group norm's statistics are less accurate than aten's.
 NEAR, FAR = 2.0, 5.0
 
@@ -112,36 +112,40 @@ def _parameters(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]
 def uses_group_norm(x: Tensor) -> bool:
     return (
         x.numel() >= LEAST and x.dtype == torch.float32 and x.is_cpu and x.dim() > 2 and x.is_contiguous()
-        and math.prod(x.shape[2:]) >= 64
+        and math.prod(x.shape[2:]) >= SHORTEST
     )  # fmt: skip
 
 
 @functools.cache
-def _row_length(size: int) -> int:
-    """The largest divisor of size that is at most ROW."""
-    return next(size // k for k in range(1, size + 1) if size % k == 0 and size // k <= ROW)
+def _run(size: int) -> int:
+    """The longest run of up to RUN values that size is a multiple of, or 0."""
+    return max((d for d in range(SHORTEST, RUN + 1) if size % d == 0), default=0)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance per channel in float64, or None where float32 sums would not be accurate enough."""
-    length = _row_length(math.prod(x.shape[2:]))
-    rows = x.view(1, -1, length)
-    count = rows.shape[1]
-    # Group norm's backward sums dy x and dy, here x^2 and x: of each row, with a channel and a group of its own.
-    mean, rstd = x.new_zeros(1, count), x.new_ones(1, count)
-    wanted = [False, True, True]
-    _, squares, sums = _group_norm_backward(rows, rows, mean, rstd, rstd[0], 1, count, length, count, wanted)
-    of_channel = len(x), x.shape[1], -1
-    values = x.numel() // x.shape[1]
-    mean = sums.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values)
-    var = squares.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values).sub_(mean.square())
-    if _within(NEAR, mean, var):
+    """Mean and biased variance per channel in float64, or None where they would not be as accurate as aten's."""
+    size = math.prod(x.shape[2:])
+    run = _run(size)
+    mean, var = _from_sums(x, run) if run else _centred(x)
+    if _within(NEAR if run else FAR, mean, var):
         return mean, var
-    return _group_norm_statistics(x) if _within(FAR, mean, var) else None
+    return _centred(x) if run and size >= 64 and _within(FAR, mean, var) else None
 
 
-def _group_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by group norm's forward: it centres, and so stays accurate farther from zero, at three times the cost."""
+def _from_sums(x: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance from the sums of x and x^2. Group norm's backward sums dy and dy x, for each of its channels a run."""
+    runs = x.view(1, -1, run)
+    count = runs.shape[1]
+    zeros, ones = x.new_zeros(1, count), x.new_ones(1, count)
+    wanted = [False, True, True]
+    _, squares, sums = _group_norm_backward(runs, runs, zeros, ones, ones[0], 1, count, run, count, wanted)
+    of_channel, values = (len(x), x.shape[1], -1), x.numel() // x.shape[1]
+    mean = sums.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values)
+    return mean, squares.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values).sub_(mean.square())
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from group norm's forward, which subtracts means: accurate farther from zero, at three times the cost."""
     channels, size = x.shape[1], math.prod(x.shape[2:])
     means, rstds = [], []
     for (piece,) in _pieces(x):
@@ -251,5 +255,5 @@ def batch_norm_backward(
 def explain(name: str, *args: Any) -> str:
     x: Tensor = args[0]
     if name == "batch_norm" and uses_group_norm(x):
-        return "statistics of aten's group norm merged in float64, aten's batch norm with them, activation in place"
+        return "sums by aten's group norm merged in float64, aten's batch norm with them, activation in place"
     return "aten's batch norm" + (", residual and activation in place" if name != "batch_norm_backward" else " backward")
