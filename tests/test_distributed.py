@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,31 @@ def batch_norm(mesh: Any) -> None:
         F.batch_norm(x, mean, var, training=True)
 
 
+def cross_entropy(mesh: Any) -> None:
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.rand(4, dtype=torch.float64)
+    targets = torch.tensor([0, 3, -100, 1, 2]), torch.rand(5, 4, dtype=torch.float64)
+    options: list[tuple[dict[str, Any], Any]] = [
+        ({"reduction": "none"}, Shard(0)),
+        ({"reduction": "sum"}, Partial()),
+        ({"num_items": 4, "label_smoothing": 0.1}, Partial()),
+        ({"reduction": "mean"}, Replicate()),
+    ]
+    for given, of_loss in options:
+        for target, w in itertools.product(targets, (None, weight)):
+            want = F.cross_entropy(x, target, w, **given)
+            (expected,) = torch.autograd.grad(want.square().sum(), x)
+            parts = [distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (x, target)]
+            parts[0].requires_grad_()
+            loss = F.cross_entropy(*parts, None if w is None else distribute_tensor(w, mesh, [Replicate()]), **given)
+            (got,) = torch.autograd.grad(loss.square().sum(), parts[0])
+            assert loss.placements == (of_loss,), given
+            torch.testing.assert_close(loss.full_tensor(), want, msg=lambda m, of=given: f"{of}: {m}")
+            torch.testing.assert_close(got.full_tensor(), expected, msg=lambda m, of=given: f"{of} gradient: {m}")
+
+
 def on_a_mesh(rank: int, store: str, check: Check) -> None:
     import torch.distributed as dist
 
@@ -107,7 +133,7 @@ def on_a_mesh(rank: int, store: str, check: Check) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("check", [linear_relu, batch_norm], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("check", [linear_relu, batch_norm, cross_entropy], ids=lambda f: f.__name__)
 def test_shards_equal_the_whole(check: Check) -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_a_mesh, (str(Path(folder) / "store"), check), nprocs=WORLD)
