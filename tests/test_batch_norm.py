@@ -311,6 +311,17 @@ def test_sums_of_many_slices(shape: tuple[int, ...], monkeypatch: pytest.MonkeyP
     assert COUNTS["collapse_kernel"] == 3  # forward twice, backward once
 
 
+@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's slices")
+def test_more_slices_than_are_merged_at_a_time() -> None:
+    from dlaccel.kernels.batch_norm import Tiling
+
+    given = tensors((290, 5))
+    tiling = Tiling(given[0].detach())
+    assert tiling.parts > tiling.merge
+    with dlaccel.use_backend("triton"), poisoned():
+        Call(5).check(given)
+
+
 @pytest.mark.parametrize(
     "layout, want",
     [

@@ -252,6 +252,19 @@ def batch_norm_backward(
     )
 
 
+def projected(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, y: Tensor | None,
+    of_mean: Tensor, of_x_hat: Tensor, eps: float, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """dx = weight rstd (g - of_mean - x_hat of_x_hat), g the gradient in front of the activation: training, with given sums."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    dx = _native(x, -of_x_hat * scale, -of_mean * scale, mean, var, False, 0.0, eps)[0]
+    return _laid_out_like(x, dx.addcmul_(gate(dy, y, activation), scale.view(1, -1, *[1] * (x.dim() - 2))))
+
+
 def explain(name: str, *args: Any) -> str:
     x: Tensor = args[0]
     if name == "batch_norm" and uses_group_norm(x):
