@@ -971,10 +971,12 @@ time.sleep(60)"""
 
 
 def test_gpu_unit_that_needs_more_time_is_not_begun(tmp_path: Path) -> None:
-    todo = [gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
+    helps = gpu.Unit("helps", python("import time; time.sleep(60)"), most=0.5)
+    todo = [helps, gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
     said: list[str] = []
     gpu.run_step("test", todo, tmp_path / "steps.jsonl", 100, "sha", said.append)
-    assert [json.loads(line)["unit"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()] == ["short"]
+    outcomes = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [(o["unit"], o["code"]) for o in outcomes] == [("helps", 0), ("short", 0)]
     assert "long: " in said[-1] and "the next call continues here" in said[-1]
 
 
