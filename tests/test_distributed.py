@@ -63,3 +63,31 @@ def check_linear_relu(rank: int, store: str) -> None:
 def test_sharded_linear_relu_equals_the_whole() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(check_linear_relu, (str(Path(folder) / "store"),), nprocs=WORLD)
+
+
+def check_separable_inference(rank: int, store: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    import dlaccel
+    import dlaccel.functional as F
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        mesh, generator = dist.init_device_mesh("cpu", (WORLD,)), torch.Generator().manual_seed(0)
+        whole = [torch.randn(s, generator=generator) for s in ((4, 3, 6, 5), (6, 1, 3, 3), (4, 6, 1, 1), (4,))]
+        with torch.no_grad(), dlaccel.use_backend("torch"):
+            for tensors in (whole, whole[:3]):
+                want = F.separable_conv2d(*tensors, padding=1)
+                for x, filters in ((Shard(0), Replicate()), (Replicate(), Shard(0)), (Replicate(), Replicate())):
+                    placements = (x, Replicate(), filters, filters)
+                    parts = [distribute_tensor(t, mesh, [p]) for t, p in zip(tensors, placements, strict=False)]
+                    torch.testing.assert_close(F.separable_conv2d(*parts, padding=1).full_tensor(), want)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_sharded_separable_inference_equals_the_whole() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(check_separable_inference, (str(Path(folder) / "store"),), nprocs=WORLD)
