@@ -26,8 +26,8 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -59,6 +59,19 @@ def importable(*modules: str) -> str | None:
         except Exception as error:  # libraries raise anything at import when no GPU is there
             return f"import {name}: {type(error).__name__}: {error}".splitlines()[0]
     return None
+
+
+@contextmanager
+def switched(settings: Any, **values: Any) -> Iterator[None]:
+    """Settings of torch.backends.<library> for a while. Its own flags() also resets others, and fails beside fp32_precision."""
+    before = {name: getattr(settings, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(settings, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 def pick(case: Case, **functions: Function) -> Function:

@@ -211,7 +211,8 @@ def separable_conv2d(
 ) -> Tensor:
     """A depthwise, then a 1x1 convolution, with nothing between: Keras's `SeparableConv2D`.
 
-    `conv2d(depthwise_conv2d(input, depthwise_weight, None, stride, padding, dilation), pointwise_weight, bias)`.
+    `conv2d(depthwise_conv2d(input, depthwise_weight, None, stride, padding, dilation), pointwise_weight, bias)`. Without
+    gradients both may run as one kernel on a GPU, which `explain` tells.
 
     Args:
         input: (N, C, H, W) or (C, H, W), floating point, any strides.
@@ -257,7 +258,8 @@ def depthwise_separable_block(
     """MobileNet's block: depthwise convolution, batch norm, activation, 1x1 convolution, batch norm, activation.
 
     In training, batch norm and activation are one operator. In evaluation, where no gradient is wanted, the batch norms are
-    folded into the convolutions. Source: Howard et al., arXiv 1704.04861.
+    folded into the convolutions, and both may run as one kernel on a GPU, which `explain` tells. Source: Howard et al.,
+    arXiv 1704.04861.
 
     Args:
         input: (N, C, H, W), floating point, any strides.

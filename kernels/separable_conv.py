@@ -20,7 +20,7 @@ s bytes an element, in units of one instruction,
     one kernel   max(8.9 s (x + y), blocks (3 KH KW + 14) mid)
     two          max(8.9 s (x + mid), (2 KH KW + 8) mid) + 8.9 s (mid + y)
 
-and one kernel runs where that is GAIN times shorter: for x = mid = y at 3x3 and up to 256 filters (1.75 times in bfloat16 by
+and one kernel runs where that is GAIN times shorter: for x = mid = y at 3x3 and up to 256 filters (1.7 times in bfloat16 by
 this model), in TF32 also at 5x5; not at 5x5 in bfloat16. Two kernels run otherwise, and in contiguous tensors, whose rows no
 program could read in pieces of 16 bytes; in float32 without TF32, which the vendor's library multiplies at the rate of the
 hardware; for more than 9 taps in a line; and for grids that leave multiprocessors idle. `explain` says which. It is a model:
@@ -130,22 +130,20 @@ def separable_forward_kernel(
             )  # fmt: skip
         weights = pw + f.to(tl.int64) * stride_pwf + c.to(tl.int64)[:, None] * stride_pwc
         weights = tl.load(weights, mask=(f < filters) & (c < channels)[:, None], other=0.0)
+        if db is not None:
+            shift = tl.load(db + c.to(tl.int64) * stride_db, mask=c < channels, other=0.0).to(ACCUMULATOR)[None, :]
         added = ()
         for t in tl.static_range(T):
-            z = mid[t]
-            if db is not None:
-                z += tl.load(db + c.to(tl.int64) * stride_db, mask=c < channels, other=0.0).to(ACCUMULATOR)[None, :]
-            z = activated(z, ACTIVATION).to(x.dtype.element_ty)
+            z = activated(mid[t] if db is None else mid[t] + shift, ACTIVATION).to(x.dtype.element_ty)
             added = added + (tl.dot(z, weights, out[t], input_precision=PRECISION, out_dtype=ACCUMULATOR),)
         out = added
+    if pb is not None:
+        bias = tl.load(pb + f.to(tl.int64) * stride_pb, mask=f < filters, other=0.0).to(ACCUMULATOR)
     line = y + n.to(tl.int64) * stride_yn + h.to(tl.int64) * stride_yh + f.to(tl.int64) * stride_yf
     for t in tl.static_range(T):
-        z = out[t]
-        if pb is not None:
-            z += tl.load(pb + f.to(tl.int64) * stride_pb, mask=f < filters, other=0.0).to(ACCUMULATOR)
-        z = activated(z, ACTIVATION).to(y.dtype.element_ty)
+        result = activated(out[t] if pb is None else out[t] + bias, ACTIVATION).to(y.dtype.element_ty)
         mask = inside & (start + t + zero < width) & (f < filters)
-        tl.store(line + (start + t).to(tl.int64) * stride_yw, z, mask=mask)
+        tl.store(line + (start + t).to(tl.int64) * stride_yw, result, mask=mask)
 
 
 def _chosen(

@@ -41,7 +41,7 @@ from dlaccel.bench.case import Case, families, normal
 from dlaccel.bench.ceilings import Ceilings
 from dlaccel.bench.claims.row import Row as ClaimRow
 from dlaccel.bench.claims.row import dump
-from dlaccel.bench.provider import Provider, Unavailable
+from dlaccel.bench.provider import Provider, Unavailable, load, switched
 from dlaccel.bench.results import Row
 
 # A made-up op: relu(x * scale).
@@ -275,6 +275,22 @@ def test_modes_take_the_gradients_they_name() -> None:
                      "dgrad": ["grad 0"], "wgrad": ["grad 1"]}  # fmt: skip
 
 
+def test_a_reference_that_does_not_fit_on_the_gpu_runs_on_the_host() -> None:
+    tries: list[torch.dtype] = []
+
+    def reference(x: Tensor, scale: Tensor) -> Tensor:
+        tries.append(x.dtype)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("no room for float64")
+        return eager(x, scale)
+
+    case = make_case()
+    values = gate.values_of(case, torch.float32, "cpu", 0, eager=eager, reference=reference)
+    assert tries == [torch.float64] * 2 and {t.device.type for t in values.exact.values()} == {"cpu"}
+    step = gate.Step(case, eager, "train", tuple(map(gate.copy, values.tensors)), gate.copy(values.dy))
+    assert gate.check(step, values) is None
+
+
 def test_state_is_compared_and_fresh_in_every_call() -> None:
     def counting(x: Tensor, total: Tensor) -> Tensor:
         with torch.no_grad():
@@ -287,6 +303,22 @@ def test_state_is_compared_and_fresh_in_every_call() -> None:
     assert gate.check(gate.Step(case, counting, "train", tensors, gate.copy(values.dy)), values) is None
     wrong = gate.check(gate.Step(case, lambda x, total: x * 2, "train", tensors, gate.copy(values.dy)), values)
     assert wrong is not None and wrong.startswith("state 1: ")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("name", ["native", "cudnn"])
+def test_the_switches_of_a_provider_leave_the_precision(name: str, precision: str) -> None:
+    library: Any = torch.backends.cudnn
+
+    def state() -> tuple[Any, ...]:
+        return library.enabled, torch.backends.mkldnn.enabled, library.conv.fp32_precision
+
+    with switched(library.conv, fp32_precision=precision):
+        before = state()
+        with load(name).context():
+            inside = state()
+        assert inside[2] == precision and (inside != before) == (name == "native")
+        assert state() == before
 
 
 def test_unplugging_a_provider_changes_nothing_else(bench: Callable[..., list[Row]]) -> None:
@@ -955,10 +987,12 @@ time.sleep(60)"""
 
 
 def test_gpu_unit_that_needs_more_time_is_not_begun(tmp_path: Path) -> None:
-    todo = [gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
+    helps = gpu.Unit("helps", python("import time; time.sleep(60)"), most=0.5)
+    todo = [helps, gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
     said: list[str] = []
     gpu.run_step("test", todo, tmp_path / "steps.jsonl", 100, "sha", said.append)
-    assert [json.loads(line)["unit"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()] == ["short"]
+    outcomes = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [(o["unit"], o["code"]) for o in outcomes] == [("helps", 0), ("short", 0)]
     assert "long: " in said[-1] and "the next call continues here" in said[-1]
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+import dlaccel
 import dlaccel.functional as F
 
 WORLD = 2
@@ -122,6 +123,20 @@ def cross_entropy(mesh: Any) -> None:
             torch.testing.assert_close(got.full_tensor(), expected, msg=lambda m, of=given: f"{of} gradient: {m}")
 
 
+def separable_inference(mesh: Any) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(s, generator=generator) for s in ((4, 3, 6, 5), (6, 1, 3, 3), (4, 6, 1, 1), (4,))]
+    with torch.no_grad(), dlaccel.use_backend("torch"):
+        for tensors in (whole, whole[:3]):
+            want = F.separable_conv2d(*tensors, padding=1)
+            for x, filters in ((Shard(0), Replicate()), (Replicate(), Shard(0)), (Replicate(), Replicate())):
+                placements = (x, Replicate(), filters, filters)
+                parts = [distribute_tensor(t, mesh, [p]) for t, p in zip(tensors, placements, strict=False)]
+                torch.testing.assert_close(F.separable_conv2d(*parts, padding=1).full_tensor(), want)
+
+
 def on_a_mesh(rank: int, store: str, check: Check) -> None:
     import torch.distributed as dist
 
@@ -133,7 +148,7 @@ def on_a_mesh(rank: int, store: str, check: Check) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("check", [linear_relu, batch_norm, cross_entropy], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("check", [linear_relu, batch_norm, cross_entropy, separable_inference], ids=lambda f: f.__name__)
 def test_shards_equal_the_whole(check: Check) -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_a_mesh, (str(Path(folder) / "store"), check), nprocs=WORLD)

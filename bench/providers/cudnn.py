@@ -1,13 +1,18 @@
-"""cuDNN, also where eager would choose a kernel of torch's own. Not yet run on a GPU."""
+"""cuDNN, also where eager would choose a kernel of torch's own. Not yet run on a GPU.
 
+Depthwise convolutions in contiguous tensors mostly go to torch's own kernels (`use_cudnn_depthwise`, aten's Convolution.cpp).
+From torch 2.13 a switch sends them to cuDNN, gradients included; before it only the forward can be asked for.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import relu, relu6
+from torch.nn.functional import conv2d, relu, relu6
 
 from dlaccel.bench.case import Case, Function
-from dlaccel.bench.provider import need, pick
+from dlaccel.bench.provider import need, pick, switched
 
 NAME = "cudnn"
 DISTRIBUTION = "torch"
@@ -19,7 +24,15 @@ def available() -> str | None:
 
 
 def implementation(case: Case) -> Function:
-    return pick(case, batch_norm=batch_norm, depthwise_conv2d=depthwise_conv2d)
+    return pick(case, batch_norm=batch_norm, depthwise_conv2d=depthwise_conv2d, separable_conv2d=separable_conv2d)
+
+
+def has_switch() -> bool:
+    return hasattr(torch.backends.cudnn, "depthwise_kernel")
+
+
+def context() -> AbstractContextManager[Any]:
+    return switched(torch.backends.cudnn, depthwise_kernel="cudnn") if has_switch() else nullcontext()
 
 
 def batch_norm(
@@ -53,9 +66,25 @@ def depthwise_conv2d(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
+    if has_switch():
+        return conv2d(input, weight, bias, stride, padding, dilation, input.shape[1])
     need(not isinstance(padding, str), "cudnn_convolution takes no padding by name")
+    channels_last = input.is_contiguous(memory_format=torch.channels_last)  # always cuDNN's
+    need(channels_last or not torch.is_grad_enabled(), "this torch has no switch for the gradients of contiguous tensors")
     pairs = [list(v) if isinstance(v, tuple) else [v, v] for v in (padding, stride, dilation)]
     flags: Any = torch.backends.cudnn
     tail = (flags.benchmark, flags.deterministic, flags.conv.fp32_precision == "tf32")
     y: Tensor = torch.ops.aten.cudnn_convolution(input, weight, *pairs, input.shape[1], *tail)
     return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def separable_conv2d(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    return conv2d(depthwise_conv2d(input, depthwise_weight, None, stride, padding, dilation), pointwise_weight, bias)

@@ -1,4 +1,7 @@
-"""torch's own kernels: eager with cuDNN switched off on a GPU, with oneDNN switched off on a CPU."""
+"""torch's own kernels: eager with cuDNN switched off on a GPU, with oneDNN switched off on a CPU.
+
+Of the depthwise kernels that is _conv_depthwise2d and its gradients; the 1x1 convolutions beside them are torch's own too.
+"""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import torch
 
 from dlaccel.bench.case import Case, Function, families
-from dlaccel.bench.provider import need
+from dlaccel.bench.provider import need, switched
 
 NAME = "native"
 DISTRIBUTION = "torch"
@@ -23,6 +26,4 @@ def implementation(case: Case) -> Function:
 
 
 def context() -> AbstractContextManager[Any]:
-    if torch.cuda.is_available():
-        return torch.backends.cudnn.flags(enabled=False)
-    return torch.backends.mkldnn.flags(enabled=False)
+    return switched(torch.backends.cudnn if torch.cuda.is_available() else torch.backends.mkldnn, enabled=False)
