@@ -364,6 +364,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predict", action="store_true", help="write bench/results/predicted; GPUs that have measured an op keep its rows"
     )
+    parser.add_argument("--samples", action="store_true", help="the small cases of the tests, and no others")
     parser.add_argument("--keep", action="store_true", help="leave the code in Triton's own cache, for runs on such a GPU")
     parser.add_argument("--jobs", type=int, metavar="N", help="compile in N processes (default: one a core)")
 
@@ -415,11 +416,13 @@ def _selection(args: argparse.Namespace, ops: Sequence[str], targets: Sequence[s
     cases = [case for op in ops for case in gpu_cases(op)]
     if args.full:
         cases += [case for op in ops for case in known[op].SAMPLES]
+    if args.samples:
+        cases = [case for op in ops for case in known[op].SAMPLES]
     if args.case:
         cases = named(args.case, [case for op in ops for case in (*known[op].CASES, *known[op].SAMPLES)])
     return Selection(
         cases, [DTYPES[d] for d in dtypes], targets, args.kernel,
-        per_kernel=args.per_kernel or (None if args.full or args.case else PER_KERNEL),
+        per_kernel=args.per_kernel or (None if args.full or args.case or args.samples else PER_KERNEL),
         candidates=args.full and not args.per_kernel, override=args.config,
     )  # fmt: skip
 
@@ -429,6 +432,7 @@ def _command(args: argparse.Namespace) -> list[str]:
     lists = {"--op": args.op, "--kernel": args.kernel, "--target": args.target, "--dtype": args.dtype}
     command = [word for option, values in lists.items() if values for word in (option, ",".join(values))]
     command += [word for name in args.case for word in ("--case", name)]
+    command += ["--samples"] if args.samples else []
     command += ["--config", ",".join(f"{k}={v}" for k, v in args.config.items())] if args.config else []
     command += [
         word for o in ("jobs", "per_kernel") if getattr(args, o) for word in (f"--{o}".replace("_", "-"), str(getattr(args, o)))

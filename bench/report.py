@@ -211,10 +211,10 @@ def write(out: Path, rows: Sequence[Row], problems: Sequence[str]) -> Path:
     others = [machine(f"{name} (recorded)", kept, folder, f"{name}-") for name, kept in recorded(out).items()]
     kernels, unread = predicted(out, folder)
     claim_section, bad = claims(out)
-    found, absent, made_on = [], {}, ""
     try:
         found, absent, made_on = verify.read(out / "verify.json")
     except ValueError as error:
+        found, absent, made_on = [], {}, ""
         bad = [*bad, str(error)]
     providers, lines = verify.grid(found)
     wrong = [f for f in found if f.outcome == verify.WRONG]

@@ -58,16 +58,19 @@ class _Synchronised(torch.autograd.Function):
         eps, activation, group = ctx.options
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         w = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        mask = [wants_x, wants_x or wants_weight, wants_x or wants_bias, wants_residual and activation is not None]
-        dx, dweight, dbias, dresidual = backward_op(dy, x, w, bias, mean, var, y, False, eps, activation, mask)
-        if wants_x:
-            sums = torch.stack([dweight, dbias])  # those of this process are its parameters' gradients: users average them
-            dist.all_reduce(sums, group=group)
-            scale = w * (var + eps).rsqrt() / count
-            of_x_hat, of_mean = (-sums * scale).to(mean.dtype)
-            dx = inference_op(x, of_x_hat, of_mean, dx, mean, var, eps, None)
+        mask = [False, wants_x or wants_weight, wants_x or wants_bias, wants_residual and activation is not None]
+        _, dweight, dbias, dresidual = backward_op(dy, x, w, bias, mean, var, y, False, eps, activation, mask)
         if wants_residual and activation is None:
             dresidual = dy
+        dx = None
+        if wants_x:
+            sums = torch.stack([dbias, dweight])  # those of this process are its parameters' gradients: users average them
+            dist.all_reduce(sums, group=group)
+            declaration = REGISTRY["batch_norm_backward"]
+            floor = declaration.floor(backend.choose(declaration, (dy, x)))
+            if dresidual is not None:  # it is the gradient in front of the activation
+                dy, bias, y, activation = dresidual, None, None, None
+            dx = floor.projected(dy, x, w, bias, mean, var, y, *(sums / count).to(mean.dtype), eps, activation)
         like = mean if weight is None else weight
         return (
             dx,

@@ -323,10 +323,10 @@ def reduce_kernel(
 
 @triton.jit
 def gradient_kernel(
-    dy, x, w, b, mean, rstd_or_var, y, sums, dots, dx, dw, db, R, C, N, PARTS, TILES, TILES_PER_PROGRAM,
+    dy, x, w, b, mean, rstd_or_var, y, sums, dots, dx, dw, db, count, R, C, N, PARTS, TILES, TILES_PER_PROGRAM,
     stride_gr, stride_gb, stride_gn, stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, TRAINING: tl.constexpr, MERGE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, TRAINING: tl.constexpr, PROJECT: tl.constexpr,
+    MERGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx for one slice, if wanted; the first slice's program also writes dw and db."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -343,8 +343,8 @@ def gradient_kernel(
                 tl.store(dw + channel, dot.to(dw.dtype.element_ty), mask=valid)
             if db is not None:
                 tl.store(db + channel, total.to(db.dtype.element_ty), mask=valid)
-        if TRAINING:
-            per_value = one_in(R * (N * VEC if RUNS else 1))
+        if PROJECT:
+            per_value = one_in(count)
             of_mean, of_rstd = (total * per_value).to(ACC), (dot * per_value * rstd).to(ACC)
     if dx is not None:
         dy += block.to(tl.int64) * stride_gb * VEC
@@ -354,14 +354,14 @@ def gradient_kernel(
         for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
             row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
             x_tile = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
-            if TRAINING or RECOMPUTE:
+            if PROJECT or RECOMPUTE:
                 x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0).to(ACC)
             to_dy, to_y = row * stride_gr * VEC + column * stride_gn, y_base + row * stride_yr * VEC + column * stride_yn
             g = masked_gradient(
                 dy + to_dy, None if y is None else y + to_y, x_tile, mean_values, scale, bias, inside,
                 ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC,
             )  # fmt: skip
-            if TRAINING:
+            if PROJECT:
                 g = g - of_mean[None, :] - (x_tile - mean_values[None, :]) * of_rstd[None, :]
             tl.store(dx + to_y, (g * scale[None, :]).to(dx.dtype.element_ty), mask=inside)
 
@@ -563,30 +563,55 @@ def batch_norm_backward(
     dx, dw, db, dresidual = (empty(t) if wanted else None for t, wanted in zip((x, like, like, x), mask, strict=True))
     if x.numel() == 0 or not any(mask):
         return dx, dw, db, dresidual
-    tiling = Tiling(backward_config, x, dy)
-    x, g = tiling.x, tiling.others[0]
-    of_x, of_g, of_y = (tiling.strides[i : i + 3] for i in (0, 3, 6))
-    recompute = activation is not None and bias is not None
-    y = None if y is None or recompute else tiling.laid_out(y)  # it shares the strides of the outputs
-    vectors = _vector(weight), _vector(bias), _vector(mean), _vector(rstd_or_var)
+    tiling, g, x, vectors, y, strides, recompute = _of_backward(dy, x, weight, bias, mean, rstd_or_var, y, activation)
     constants = {"EPS": eps, "TRAINING": training}
     sums, dots, parts = None, None, 0
     if training or mask[1] or mask[2] or mask[3]:
         sums, dots = tiling.partials(x)
         tiling.launch(
-            reduce_kernel, g, x, *vectors, y, dresidual, sums, dots, *tiling.sizes, *tiling.tiles, *of_g, *of_x, *of_y,
+            reduce_kernel, g, x, *vectors, y, dresidual, sums, dots, *tiling.sizes, *tiling.tiles, *strides,
             ACTIVATION=activation, RECOMPUTE=recompute, **constants,
         )  # fmt: skip
         sums, dots, parts = tiling.collapsed(sums, dots)
     if dresidual is not None:  # it is the masked gradient
-        g, of_g, activation, recompute = dresidual, of_y, None, False
+        g, activation, recompute = dresidual, None, False
+        strides = [*strides[6:], *strides[3:]]
     if mask[0] or mask[1] or mask[2]:
         tiling.launch(
-            gradient_kernel, g, x, *vectors, y, sums, dots, dx, dw, db, *tiling.sizes, parts, *tiling.tiles,
-            *of_g, *of_x, *of_y, ACTIVATION=activation, RECOMPUTE=recompute, MERGE=tiling.merge,
+            gradient_kernel, g, x, *vectors, y, sums, dots, dx, dw, db, x.numel() // x.shape[1], *tiling.sizes, parts,
+            *tiling.tiles, *strides, ACTIVATION=activation, RECOMPUTE=recompute, PROJECT=training, MERGE=tiling.merge,
             parts=None if mask[0] else 1, **constants,
         )  # fmt: skip
     return dx, dw, db, dresidual
+
+
+def _of_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd_or_var: Tensor,
+    y: Tensor | None, activation: str | None,
+) -> tuple[Tiling, Tensor, Tensor, list[Tensor | None], Tensor | None, list[int], bool]:  # fmt: skip
+    """What both kernels of the backward take: dy, x, vectors, y, strides; and whether they recompute the mask."""
+    tiling = Tiling(backward_config, x, dy)
+    of_x, of_g, of_y = (tiling.strides[i : i + 3] for i in (0, 3, 6))
+    recompute = activation is not None and bias is not None
+    y = None if y is None or recompute else tiling.laid_out(y)  # it shares the strides of the outputs
+    vectors = [_vector(v) for v in (weight, bias, mean, rstd_or_var)]
+    return tiling, tiling.others[0], tiling.x, vectors, y, [*of_g, *of_x, *of_y], recompute
+
+
+def projected(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, y: Tensor | None,
+    of_mean: Tensor, of_x_hat: Tensor, eps: float, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """dx = weight rstd (g - of_mean - x_hat of_x_hat), g the gradient in front of the activation: training, with given sums."""
+    dx = torch.empty_like(x)
+    if x.numel():
+        tiling, g, x, vectors, y, strides, recompute = _of_backward(dy, x, weight, bias, mean, var, y, activation)
+        dot = of_x_hat * (var + eps).sqrt()  # as a sum of g (x - mean) over a count of 1
+        tiling.launch(
+            gradient_kernel, g, x, *vectors, y, _vector(of_mean), dot, dx, None, None, 1, *tiling.sizes, 1, *tiling.tiles,
+            *strides, ACTIVATION=activation, RECOMPUTE=recompute, EPS=eps, TRAINING=False, PROJECT=True, MERGE=tiling.merge,
+        )  # fmt: skip
+    return dx
 
 
 def explain(name: str, *args: Any) -> str:

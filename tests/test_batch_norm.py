@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -310,6 +311,17 @@ def test_sums_of_many_slices(shape: tuple[int, ...], monkeypatch: pytest.MonkeyP
     assert COUNTS["collapse_kernel"] == 3  # forward twice, backward once
 
 
+@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's slices")
+def test_more_slices_than_are_merged_at_a_time() -> None:
+    from dlaccel.kernels.batch_norm import Tiling, forward_config
+
+    given = tensors((290, 5))
+    tiling = Tiling(forward_config, given[0].detach())
+    assert tiling.parts > tiling.merge
+    with dlaccel.use_backend("triton"), poisoned():
+        Call(5).check(given)
+
+
 @pytest.mark.parametrize(
     "layout, want",
     [
@@ -517,26 +529,48 @@ def test_inputs_are_left_alone(backend: str) -> None:
 # ---- the torch backend ----------------------------------------------------------------------------------------------
 
 
-def group_norm_ran(x: Tensor) -> bool:
-    return fallback.uses_group_norm(x) and fallback._group_norm_statistics(x) is not None
+def form_of_statistics(x: Tensor) -> str | None:
+    """Which form of the statistics serves x; None: aten's."""
+    if not fallback.uses_group_norm(x):
+        return None
+    with mock.patch.object(fallback, "_centred", side_effect=fallback._centred) as centred:
+        found = fallback._statistics(x)
+    return None if found is None else "centred" if centred.called else "sums"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a path of the CPU")
-@pytest.mark.parametrize("shape", [(12, 64, 14, 14), (6, 40, 600), (2, 16, 8, 24, 24), (70, 8, 16, 16)], ids=str)
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_statistics_by_group_norm(shape: tuple[int, ...], offset: float) -> None:
+@pytest.mark.parametrize(
+    "shape, offset, form",
+    [
+        ((3, 5, 14, 14), 0.0, "sums"),
+        ((3, 5, 14, 14), 1.5, "sums"),
+        ((3, 5, 14, 14), 3.0, "centred"),
+        ((2, 3, 55, 55), 1.0, "sums"),  # runs of 55 * 55 / 25 values
+        ((3, 2, 1009), 1.0, "centred"),  # a prime
+        ((2, 3, 3, 24, 24), 1.0, "sums"),
+        ((40, 8, 4, 4), 1.0, "sums"),
+        ((40, 8, 4, 4), 3.0, None),
+    ],
+    ids=str,
+)
+def test_statistics_by_group_norm(
+    shape: tuple[int, ...], offset: float, form: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fallback, "LEAST", 1)
+    monkeypatch.setattr(fallback, "PIECE", 4000)
     given = tensors(shape, names=ALL)
     given[0] = (given[0].detach() + offset).requires_grad_()
-    assert group_norm_ran(given[0].detach())
+    assert form_of_statistics(given[0].detach()) == form
     with dlaccel.use_backend("torch"), poisoned():
         Call(shape[1], names=ALL).check(given)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a path of the CPU")
 @pytest.mark.parametrize("change", ["offset", "NaN", "inf", "overflow", "constant", "channels_last", "bfloat16", "small"])
-def test_group_norm_only_where_it_is_as_accurate(change: str) -> None:
+def test_group_norm_only_where_it_is_as_accurate(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(12, 64, 14, 14)
-    assert group_norm_ran(x)
+    monkeypatch.setattr(fallback, "LEAST", x.numel())
+    assert form_of_statistics(x) == "sums"
     if change == "offset":
         x[:, 3] += 10
     elif change in ("NaN", "inf"):
@@ -550,8 +584,8 @@ def test_group_norm_only_where_it_is_as_accurate(change: str) -> None:
     elif change == "bfloat16":
         x = x.bfloat16()
     else:
-        x = x[:1]
-    assert not group_norm_ran(x)
+        x = x[:-1]
+    assert form_of_statistics(x) is None
     with dlaccel.use_backend("torch"):
         got, want = F.batch_norm(x, None, None, training=True), eager(x, None, None, training=True)
     tolerance = {"rtol": 0.02, "atol": 0.02} if change == "bfloat16" else {}

@@ -275,6 +275,22 @@ def test_modes_take_the_gradients_they_name() -> None:
                      "dgrad": ["grad 0"], "wgrad": ["grad 1"]}  # fmt: skip
 
 
+def test_a_reference_that_does_not_fit_on_the_gpu_runs_on_the_host() -> None:
+    tries: list[torch.dtype] = []
+
+    def reference(x: Tensor, scale: Tensor) -> Tensor:
+        tries.append(x.dtype)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("no room for float64")
+        return eager(x, scale)
+
+    case = make_case()
+    values = gate.values_of(case, torch.float32, "cpu", 0, eager=eager, reference=reference)
+    assert tries == [torch.float64] * 2 and {t.device.type for t in values.exact.values()} == {"cpu"}
+    step = gate.Step(case, eager, "train", tuple(map(gate.copy, values.tensors)), gate.copy(values.dy))
+    assert gate.check(step, values) is None
+
+
 def test_state_is_compared_and_fresh_in_every_call() -> None:
     def counting(x: Tensor, total: Tensor) -> Tensor:
         with torch.no_grad():
@@ -971,10 +987,12 @@ time.sleep(60)"""
 
 
 def test_gpu_unit_that_needs_more_time_is_not_begun(tmp_path: Path) -> None:
-    todo = [gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
+    helps = gpu.Unit("helps", python("import time; time.sleep(60)"), most=0.5)
+    todo = [helps, gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
     said: list[str] = []
     gpu.run_step("test", todo, tmp_path / "steps.jsonl", 100, "sha", said.append)
-    assert [json.loads(line)["unit"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()] == ["short"]
+    outcomes = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [(o["unit"], o["code"]) for o in outcomes] == [("helps", 0), ("short", 0)]
     assert "long: " in said[-1] and "the next call continues here" in said[-1]
 
 

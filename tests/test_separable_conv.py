@@ -378,6 +378,17 @@ def test_inference_runs_one_operator(backend: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(inferred[0], y)
         if inferred[1] is not None:
             torch.testing.assert_close(inferred[1], inferred[0][0])
+    frozen = [w.detach() for w in (layer.depthwise.weight, layer.pointwise.weight)]
+    for tensors in (
+        (x, layer.depthwise.weight, frozen[1]),
+        (x, frozen[0], layer.pointwise.weight),
+        (x.clone().requires_grad_(), *frozen),
+    ):
+        LAUNCHES.clear()
+        assert F.separable_conv2d(*tensors).requires_grad and dict(LAUNCHES) == {("depthwise_conv2d", backend): 1}
+    LAUNCHES.clear()
+    F.separable_conv2d(x, *frozen)
+    assert dict(LAUNCHES) == {("separable_conv2d", backend): 1}
     if DEVICE == "cpu":
         with dlaccel.use_backend("auto"), torch.no_grad():
             LAUNCHES.clear()

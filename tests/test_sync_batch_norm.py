@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,6 @@ def test_conversion_keeps_the_objects() -> None:
 
 
 def test_statistics_of_both_backends(backend: str) -> None:
-    import importlib
-
     floor = importlib.import_module(f"dlaccel.{'kernels' if backend == 'triton' else 'fallback'}.batch_norm")
     for shape in ((5, 3, 4, 5), (40, 20), (0, 3, 2, 2)):
         x = torch.randn(shape) + 2
@@ -143,3 +142,28 @@ def test_statistics_of_both_backends(backend: str) -> None:
             torch.testing.assert_close(deviations, want, rtol=1e-5, atol=0)
         else:
             assert not mean.any() and not deviations.any()
+
+
+@pytest.mark.parametrize("activation", [None, "relu6"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradient_with_given_sums_of_both_backends(backend: str, layout: str, activation: str | None) -> None:
+    floor = importlib.import_module(f"dlaccel.{'kernels' if backend == 'triton' else 'fallback'}.batch_norm")
+    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, dy = (torch.randn(5, 3, 4, 7).contiguous(memory_format=format) for _ in range(2))
+    weight, bias, mean, of_mean, of_x_hat = torch.randn(5, 3)
+    var, eps = torch.rand(3) + 0.5, 1e-5
+
+    def of_channel(v: Tensor) -> Tensor:
+        return v.view(1, 3, 1, 1)
+
+    rstd = of_channel((var + eps).rsqrt())
+    x_hat = (x - of_channel(mean)) * rstd
+    z = x_hat * of_channel(weight) + of_channel(bias)
+    g = dy if activation is None else torch.where((z > 0) & (z < 6), dy, 0)
+    want = of_channel(weight) * rstd * (g - of_channel(of_mean) - x_hat * of_channel(of_x_hat))
+    y = None if activation is None else z.clamp(0, 6)
+    recomputed = bias if activation is not None else None
+    dx = floor.projected(dy, x, weight, recomputed, mean, var, y, of_mean, of_x_hat, eps, activation)
+    assert dx.stride() == x.stride()
+    torch.testing.assert_close(dx, want, rtol=1e-5, atol=1e-5)
+    assert not floor.projected(dy[:0], x[:0], weight, recomputed, mean, var, y, of_mean, of_x_hat, eps, activation).numel()

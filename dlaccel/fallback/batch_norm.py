@@ -1,12 +1,13 @@
 """batch_norm in plain torch, for any device.
 
-aten's statistics of a contiguous float32 NCHW tensor run at a fifth of the memory's rate. Those of group norm with a group per
-channel run at the full rate, so on the CPU they are taken per sample and channel, and merged per channel in float64. Work goes
-through the batch in pieces that stay in the cache. Other dtypes and layouts keep aten's own statistics.
+aten's statistics of a contiguous float32 NCHW tensor run at a fifth of the memory's rate. Group norm's backward sums at the
+full rate, so on the CPU it gives the sums of short runs of a channel, which are merged in float64. Work goes through the batch
+in pieces that stay in the cache. Other dtypes and layouts keep aten's own statistics.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor
 aten = torch.ops.aten
 _native = torch.native_batch_norm
 _native_backward = aten.native_batch_norm_backward.default
+_group_norm_backward = aten.native_group_norm_backward.default
 
 PIECE = 1 << 20  # bytes that stay in a core's cache
 LARGE = 8 << 20  # bytes above which a second pass over a tensor comes from memory
-LEAST = 1 << 17  # elements below which merging costs more than aten's statistics
-# Group norm keeps float32 sums: above this ratio |mean| / standard deviation they are less accurate than aten's.
-TRUSTED = 5.0
+LEAST = 3 << 18  # elements below which calls from Python cost more than aten's statistics
+SHORTEST, RUN = 16, 256  # values summed in float32
+# Above these ratios |mean| / standard deviation, sums of squares and group norm's statistics are less accurate than aten's.
+NEAR, FAR = 2.0, 5.0
 
 
 WIDE = {torch.float64: torch.float64}  # the dtype of statistics, where it is not float32
@@ -109,30 +112,55 @@ def _parameters(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]
 def uses_group_norm(x: Tensor) -> bool:
     return (
         x.numel() >= LEAST and x.dtype == torch.float32 and x.is_cpu and x.dim() > 2 and x.is_contiguous()
-        and math.prod(x.shape[2:]) >= 64
+        and math.prod(x.shape[2:]) >= SHORTEST
     )  # fmt: skip
 
 
-def _group_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance per channel in float64, or None where group norm's sums would not be accurate enough."""
+@functools.cache
+def _run(size: int) -> int:
+    """The longest run of up to RUN values that size is a multiple of, or 0."""
+    return max((d for d in range(SHORTEST, RUN + 1) if size % d == 0), default=0)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance per channel in float64, or None where they would not be as accurate as aten's."""
+    size = math.prod(x.shape[2:])
+    run = _run(size)
+    mean, var = _from_sums(x, run) if run else _centred(x)
+    if _within(NEAR if run else FAR, mean, var):
+        return mean, var
+    return _centred(x) if run and size >= 64 and _within(FAR, mean, var) else None
+
+
+def _from_sums(x: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance from the sums of x and x^2. Group norm's backward sums dy and dy x, for each of its channels a run."""
+    runs = x.view(1, -1, run)
+    count = runs.shape[1]
+    zeros, ones = x.new_zeros(1, count), x.new_ones(1, count)
+    wanted = [False, True, True]
+    _, squares, sums = _group_norm_backward(runs, runs, zeros, ones, ones[0], 1, count, run, count, wanted)
+    of_channel, values = (len(x), x.shape[1], -1), x.numel() // x.shape[1]
+    mean = sums.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values)
+    return mean, squares.view(of_channel).sum((0, 2), dtype=torch.float64).div_(values).sub_(mean.square())
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from group norm's forward, which subtracts means: accurate farther from zero, at three times the cost."""
     channels, size = x.shape[1], math.prod(x.shape[2:])
     means, rstds = [], []
     for (piece,) in _pieces(x):
         _, mean, rstd = torch.native_group_norm(piece, None, None, piece.shape[0], channels, size, channels, 0.0)
         means.append(mean)
         rstds.append(rstd)
-        if len(means) == 1 and len(piece) < len(x) and not _trusted(mean, rstd.square().reciprocal_()):
-            return None
     of_samples = torch.cat(means).double()
     mean = of_samples.mean(0)
     within = torch.cat(rstds).double().square_().reciprocal_()
-    var = of_samples.sub_(mean).square_().add_(within).mean(0)
-    return (mean, var) if _trusted(mean, var) else None
+    return mean, of_samples.sub_(mean).square_().add_(within).mean(0)
 
 
-def _trusted(mean: Tensor, var: Tensor) -> bool:
-    """False for NaN and for values that overflow as well."""
-    return bool((mean.square() <= var * TRUSTED**2).all()) and math.isfinite(var.sum())
+def _within(ratio: float, mean: Tensor, var: Tensor) -> bool:
+    """Whether |mean| is at most so many standard deviations in every channel; False also for NaN and what overflows."""
+    return bool((mean.square() <= var * ratio**2).all()) and math.isfinite(var.sum())
 
 
 def _update(running: Tensor, new: Tensor, momentum: Any) -> None:
@@ -158,7 +186,7 @@ def batch_norm(
         assert num_batches_tracked is not None
         factor = 1 / int(num_batches_tracked) if x.is_cpu else num_batches_tracked.reciprocal()
 
-    statistics = _group_norm_statistics(x) if uses_group_norm(x) else None
+    statistics = _statistics(x) if uses_group_norm(x) else None
     if statistics is not None:
         mean, var = statistics
         if running_mean is not None and running_var is not None:
@@ -224,8 +252,21 @@ def batch_norm_backward(
     )
 
 
+def projected(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, y: Tensor | None,
+    of_mean: Tensor, of_x_hat: Tensor, eps: float, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """dx = weight rstd (g - of_mean - x_hat of_x_hat), g the gradient in front of the activation: training, with given sums."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    dx = _native(x, -of_x_hat * scale, -of_mean * scale, mean, var, False, 0.0, eps)[0]
+    return _laid_out_like(x, dx.addcmul_(gate(dy, y, activation), scale.view(1, -1, *[1] * (x.dim() - 2))))
+
+
 def explain(name: str, *args: Any) -> str:
     x: Tensor = args[0]
     if name == "batch_norm" and uses_group_norm(x):
-        return "statistics of aten's group norm merged in float64, aten's batch norm with them, activation in place"
+        return "sums by aten's group norm merged in float64, aten's batch norm with them, activation in place"
     return "aten's batch norm" + (", residual and activation in place" if name != "batch_norm_backward" else " backward")

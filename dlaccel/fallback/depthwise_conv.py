@@ -150,6 +150,12 @@ def _wgrad_by_convolution(dy: Tensor, kernel: Ints, dilation: Ints, channels_las
     return not channels_last or _macs(dy.shape[1:], kernel) * slowness >= IMAGE
 
 
+def forward_is_atens(x: Tensor, weight: Tensor, padding: int) -> bool:
+    """Whether the forward below is one call of aten's with the same arguments, by sizes alone."""
+    channels, one, _, width = weight.shape
+    return one == 1 and x.shape[-3] == channels and padding <= MAX_PADDING and width < 15
+
+
 def beats_aten(x: Tensor, weight: Tensor, y: Ints, stride: Ints, padding: Ints, dilation: Ints) -> bool:
     """Whether the functions below run something else than aten would, and gain more than an operator costs. y: its shape."""
     kernel = weight.shape[2:]

@@ -108,7 +108,7 @@ class Op:
             _waiting[FLOPS].append(lambda: _attribute(FLOPS, "register_flop_formula")(op.overloadpacket)(flops))
         if self.sharding is not None:
             sharding = padded(self.sharding)
-            _waiting[SHARDING].append(lambda: _attribute(f"{SHARDING}.experimental", "register_sharding")(op)(sharding))
+            _waiting[SHARDING].append(lambda: _register_sharding(op, sharding))
         for subsystem in _waiting.keys() & sys.modules.keys():
             _activate(subsystem)
         REGISTRY[name] = self
@@ -145,6 +145,14 @@ def _activate(subsystem: str) -> None:
     """Hand an imported subsystem the rules that wait for it."""
     while _waiting[subsystem]:
         _waiting[subsystem].pop()()
+
+
+def _register_sharding(op: Any, rule: Callable[..., Any]) -> None:
+    """Register the rule, and that its answers depend on the options behind the tensors: DTensor caches them by its key."""
+    _attribute(f"{SHARDING}.experimental", "register_sharding")(op)(rule)
+    first = next((i for i, a in enumerate(op._schema.arguments) if "Tensor" not in str(a.type)), len(op._schema.arguments))
+    info = _attribute(f"{SHARDING}._op_schema", "RuntimeSchemaInfo")(first, needs_pytree=True)
+    _attribute(SHARDING, "DTensor")._op_dispatcher.sharding_propagator.op_to_schema_info[op] = info
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

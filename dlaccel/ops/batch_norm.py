@@ -10,6 +10,7 @@ loses their dependence on x. (aten's does: its third derivative and its grad(jvp
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -142,7 +143,8 @@ def jvp(
 def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     *rest, eps, activation = ctx.options  # training has momentum, inference has not
     x, weight, bias, mean, rstd_or_var, y = ctx.saved_tensors
-    if activation is not None and choose(REGISTRY["batch_norm_backward"], (dy, x)) == "torch":
+    # Not with a DTensor, which has no rule for relu6's gradient.
+    if activation is not None and type(dy) is Tensor and choose(REGISTRY["batch_norm_backward"], (dy, x)) == "torch":
         dy = gate(dy, y, activation)
         bias = y = activation = None
         if not transformed():  # as in aten's graph, where y is freed before dx takes its place
@@ -210,6 +212,59 @@ def saved(args: tuple[Any, ...], y: Tensor, mean: Tensor, rstd_or_var: Tensor) -
     return x, weight, bias if recomputable else None, mean, rstd_or_var, None if activation is None else y
 
 
+def placements(dims: Iterable[int]) -> list[tuple[Any, Any, Any]]:
+    """Of tensors like x, of vectors and of their gradients: whole; by channel; along `dims`, where all statistics are given."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    whole = Replicate()
+    return [(whole, whole, whole), (Shard(1), Shard(0), Shard(0)), *[(Shard(d), whole, Partial()) for d in dims]]
+
+
+def of_inputs(*tensors_and_placements: tuple[Any, Any], options: int) -> list[Any]:
+    return [None if t is None else p for t, p in tensors_and_placements] + [None] * options
+
+
+def shard(
+    x: Any, weight: Any, bias: Any, residual: Any, running_mean: Any, running_var: Any, counter: Any, *options: Any
+) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    state, vectors = (running_mean, running_var), (weight, bias, running_mean, running_var)
+    rows = []
+    for like_x, vector, _ in placements(()):
+        # State is updated where it lies: DTensor would bring it to another placement in a copy, and lose the update.
+        if all(p == vector for t in state if t is not None for p in t.placements):
+            of_vectors = [(t, vector) for t in vectors]
+            tensors = (x, like_x), *of_vectors[:2], (residual, like_x), *of_vectors[2:], (counter, Replicate())
+            rows.append(([like_x, vector, vector], of_inputs(*tensors, options=len(options))))
+    if not rows:
+        raise NotImplementedError(
+            "batch_norm: running_mean and running_var: expected both replicated or both sharded by channel, on every mesh "
+            f"dimension, got {[t.placements for t in state if t is not None]}"
+        )
+    return rows
+
+
+def shard_inference(x: Any, weight: Any, bias: Any, residual: Any, mean: Any, var: Any, *options: Any) -> list[Any]:
+    rows = []
+    for like_x, vector, _ in placements(d for d in range(x.ndim) if d != 1):
+        tensors = (x, like_x), (weight, vector), (bias, vector), (residual, like_x), (mean, vector), (var, vector)
+        rows.append(([like_x], of_inputs(*tensors, options=len(options))))
+    return rows
+
+
+def shard_backward(
+    dy: Any, x: Any, weight: Any, bias: Any, mean: Any, rstd_or_var: Any, y: Any, training: bool, *options: Any
+) -> list[Any]:
+    wanted, rows = options[-1], []
+    for like_x, vector, gradient in placements(d for d in range(x.ndim) if d != 1 and not training):
+        of_vectors = [(t, vector) for t in (weight, bias, mean, rstd_or_var)]
+        tensors = (dy, like_x), (x, like_x), *of_vectors, (y, like_x)
+        outputs = [p if w else None for p, w in zip((like_x, gradient, gradient, like_x), wanted, strict=True)]
+        rows.append((outputs, of_inputs(*tensors, options=1 + len(options))))
+    return rows
+
+
 backward_op = Op(
     module=__name__,
     schema="batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd_or_var, Tensor? y, "
@@ -219,6 +274,7 @@ backward_op = Op(
     saved=lambda args, outputs: args[:7],
     backward=backward_of_backward,
     jvp=jvp_of_backward,
+    sharding=shard_backward,
     unsupported=lambda dy, x, *args: unsupported(x),
 ).register()
 
@@ -238,6 +294,7 @@ training_op = Op(
     backward=backward,
     jvp=lambda ctx, *tangents: (jvp(ctx, *tangents), None, None),
     non_differentiable=(1, 2),
+    sharding=shard,
     unsupported=lambda x, *args: unsupported(x),
 ).register()
 
@@ -251,6 +308,7 @@ inference_op = Op(
     saved=lambda args, y: saved(args, y, args[4], args[5]),
     backward=backward,
     jvp=jvp,
+    sharding=shard_inference,
     unsupported=lambda x, *args: unsupported(x),
 ).register()
 

@@ -192,6 +192,46 @@ def jvp_of_backward(ctx: Any, tdy: Tensor | None, tx: Tensor | None, *_: None) -
     return None if tangent is None else tangent.to(x.dtype)
 
 
+# ---- DTensor --------------------------------------------------------------------------------------------------------
+
+
+def placements(x: Any, reduction: int) -> list[tuple[Any, Any, Any, Any]]:
+    """Of x and target, the rows' statistics, the loss, its gradient: whole, or by rows. The mean needs the whole divisor."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    whole, rows = Replicate(), Shard(0)
+    ways: list[tuple[Any, Any, Any, Any]] = [(whole, whole, whole, whole)]
+    if x.ndim == 2 and reduction != MEAN:
+        ways.append((rows, Shard(1), rows, rows) if reduction == NONE else (rows, Shard(1), Partial(), whole))
+    return ways
+
+
+def shard(x: Any, target: Any, weight: Any, ignore_index: int, reduction: int, *options: Any) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    whole = Replicate()
+    rest = [None if weight is None else whole] + [None] * (2 + len(options))
+    return [([loss, s, whole, of_x], [of_x, of_x, *rest]) for of_x, s, loss, _ in placements(x, reduction)]
+
+
+def shard_backward(
+    dy: Any,
+    x: Any,
+    target: Any,
+    weight: Any,
+    statistics: Any,
+    divisor: Any,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    whole = Replicate()
+    w = None if weight is None else whole
+    return [([of_x], [of_dy, of_x, of_x, w, s, whole, None, None, None]) for of_x, s, _, of_dy in placements(x, reduction)]
+
+
 backward_op = Op(
     module=__name__,
     schema="cross_entropy_backward(Tensor dy, Tensor x, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, "
@@ -201,6 +241,7 @@ backward_op = Op(
     saved=lambda args, dx: args[:6],
     backward=backward_of_backward,
     jvp=jvp_of_backward,
+    sharding=shard_backward,
 ).register()
 
 
@@ -267,6 +308,7 @@ forward_op = Op(
     non_differentiable=(1, 2, 3),
     owned=3,
     autocast=autocast,
+    sharding=shard,
 ).register()
 
 
@@ -343,6 +385,26 @@ def prob_jvp_of_backward(
     return dx.to(x.dtype) if mask[0] else None, dtarget.to(target.dtype) if mask[1] else None
 
 
+def shard_prob(x: Any, target: Any, weight: Any, reduction: int, *options: Any) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    w = None if weight is None else Replicate()
+    rest = [w] + [None] * (1 + len(options))
+    return [([loss, s], [of_x, of_x, *rest]) for of_x, s, loss, _ in placements(x, reduction)]
+
+
+def shard_prob_backward(
+    dy: Any, x: Any, target: Any, weight: Any, statistics: Any, reduction: int, smoothing: float, mask: list[bool]
+) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    w = None if weight is None else Replicate()
+    return [
+        ([of_x if wanted else None for wanted in mask], [of_dy, of_x, of_x, w, s, None, None, None])
+        for of_x, s, _, of_dy in placements(x, reduction)
+    ]
+
+
 prob_backward_op = Op(
     module=__name__,
     schema="cross_entropy_prob_backward(Tensor dy, Tensor x, Tensor target, Tensor? weight, Tensor statistics, "
@@ -355,6 +417,7 @@ prob_backward_op = Op(
     saved=lambda args, outputs: args[:5],
     backward=prob_backward_of_backward,
     jvp=prob_jvp_of_backward,
+    sharding=shard_prob_backward,
 ).register()
 
 
@@ -395,6 +458,7 @@ prob_op = Op(
     jvp=prob_jvp,
     non_differentiable=(1,),
     autocast=autocast,
+    sharding=shard_prob,
 ).register()
 
 

@@ -329,6 +329,19 @@ def depthwise_conv2d(
         raise RuntimeError(f"depthwise_conv2d: input: expected (C, H, W) or (N, C, H, W), got {described(input)}")
     if weight.dim() != 4:
         raise RuntimeError(f"depthwise_conv2d: weight: expected (C * multiplier, 1, KH, KW), got {described(weight)}")
+    # Without gradients ours is aten's. Asked first and in few steps: after a large tensor has passed through the caches, the
+    # checks below take 100 us.
+    if (
+        backends.forced == "auto"
+        and input.is_cpu
+        and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+        and type(padding) is int
+        and fallback.forward_is_atens(input, weight, padding)
+        and type(input) is Tensor
+        and not torch.is_autocast_enabled("cpu")
+        and not is_compiling()
+    ):
+        return conv2d(input, weight, bias, stride, padding, dilation, weight.shape[0])
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     options = strides, padding_of(padding, weight.shape[2:], strides, dilations), dilations
     if input.dim() == 3:
