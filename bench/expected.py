@@ -2,8 +2,8 @@
 
 An entry holds what must not get worse: tensor-core and 16-byte accesses where there are some, shared memory, bytes of stack
 (spills), maxima that lose a NaN. Register counts are no gate, they differ between versions of Triton. Entries are those of
-Triton BASE; what another version does worse stands in the entry under that version ("triton 3.9"). `note` is written by hand and says
-why an entry is allowed what the gates refuse: a spill, or a maximum that loses a NaN where the result does not.
+Triton BASE; what another version does worse stands in the entry under that version ("triton 3.9"). `note` is written by hand
+and says why an entry is allowed what the gates refuse: a spill, or a maximum that loses a NaN where the result does not.
 """
 
 from __future__ import annotations
