@@ -26,8 +26,8 @@ stores stay contiguous. Stride 1 is the case of one phase.
 wgrad holds one accumulator per tap, adds up its share of the images and writes partial sums, which are added in a fixed
 order: bitwise deterministic, one read of x and dy.
 
-Masked taps multiply 0 by the weight: where a weight is inf or NaN, results near the border are NaN where torch skips the
-tap.
+Masked taps multiply 0 by the weight (in wgrad by the gradient): where that is inf or NaN, results near the border are NaN where
+torch skips the tap.
 
 Sources: the two reuse ideas are those of CUTLASS example 46 (sliding in registers) and of two-stage split sums; polyphase
 transposed convolution is textbook signal processing.
@@ -309,7 +309,7 @@ def depthwise_wgrad_kernel(
     stride_dyn, stride_dyc, stride_dya, stride_dys, stride_xn, stride_xc, stride_xa, stride_xs,
     KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
     PAD_A: tl.constexpr, PAD_S: tl.constexpr, DILATION_A: tl.constexpr, DILATION_S: tl.constexpr,
-    MULTIPLIER: tl.constexpr, TAPS_A: tl.constexpr, TAPS_S: tl.constexpr,
+    MULTIPLIER: tl.constexpr, TAPS_A: tl.constexpr, TAPS_S: tl.constexpr, EVEN_T: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of TAPS_A x TAPS_S taps of one block of channels, over this split's share of the positions.
@@ -358,7 +358,11 @@ def depthwise_wgrad_kernel(
                         and (j - i % TAPS_S * DILATION_S) % STRIDE_S == 0
                         and j - i % TAPS_S * DILATION_S < T * STRIDE_S
                     ):
-                        added = added + (acc[i] + value * gradients[(j - i % TAPS_S * DILATION_S) // STRIDE_S],)
+                        product = value * gradients[(j - i % TAPS_S * DILATION_S) // STRIDE_S]
+                        if not EVEN_T:  # no gradient is 0, and 0 times an infinite x is not
+                            exists = start + (j - i % TAPS_S * DILATION_S) // STRIDE_S + zero < along
+                            product = tl.where(exists, product, 0.0)
+                        added = added + (acc[i] + product,)
                     else:
                         added = added + (acc[i],)
                 acc = added
@@ -487,7 +491,7 @@ def depthwise_conv2d_wgrad(
         dy, x, partial, images, channels, across, along, *_by_role(channels_last, x.shape[2:]),
         cdiv(steps, max(splits, 1)), *_strides(dy, channels_last), *_strides(x, channels_last),
         **geometry, MULTIPLIER=channels // x.shape[1], TAPS_A=taps_a, TAPS_S=taps_s,
-        CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(dy), **chosen,
+        EVEN_T=along % chosen["T"] == 0, CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(dy), **chosen,
     )  # fmt: skip
     dw = empty(dy, shape, channels_last)
     total = partial.sum(0).view(ka, ks, channels)
