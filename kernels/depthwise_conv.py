@@ -91,13 +91,20 @@ def dgrad_config(
 
 
 @config.choice("depthwise_conv.wgrad")
-def wgrad_config(target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, taps: int) -> Config:
-    """across: of dy; taps: accumulators of a program."""
+def wgrad_config(
+    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, along: int, taps: int, dilation: int
+) -> Config:
+    """across, along: sizes of dy; taps: accumulators of a program; dilation: along `s`."""
     if target.interpreted:
         return {"ROWS": 8, "LANES": 16, "T": 4}
-    elements = (1024 if taps <= 9 else 512 if taps <= 25 else 256) if channels_last else (512 if taps <= 9 else 256)
+    few, even = taps <= 9, along % 4 == 0
+    if channels_last:  # the loads of all lines are hoisted, and their addresses fill the registers
+        elements = 256 if taps > 25 or dilation > 1 else 1024 if few and even else 512
+    else:
+        elements = 512 if few else 256
     lanes = power_of_two(channels if channels_last else across, 8, 64)
-    return {"ROWS": elements // lanes, "LANES": lanes, "T": 4 if taps <= 25 else 2, "num_warps": 4}
+    t = 4 if few or (taps <= 25 and even) else 2
+    return {"ROWS": elements // lanes, "LANES": lanes, "T": t, "num_warps": 4}
 
 
 def _around(chosen: Config, slides: Sequence[int]) -> list[Config]:
@@ -123,9 +130,10 @@ def dgrad_candidates(
 
 
 def wgrad_candidates(
-    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, taps: int
+    target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, along: int, taps: int, dilation: int
 ) -> list[Config]:
-    return _around(wgrad_config.static(target, dtype, channels_last, channels, across, taps), (2, 4) if taps <= 25 else (1, 2))
+    chosen = wgrad_config.static(target, dtype, channels_last, channels, across, along, taps, dilation)
+    return _around(chosen, (2, 4) if taps <= 25 else (1, 2))
 
 
 forward_config.candidates = forward_candidates
@@ -477,7 +485,7 @@ def depthwise_conv2d_wgrad(
     ka, ks = geometry["KA"], geometry["KS"]
     taps_s = ks if ks <= ACCUMULATORS else 1
     taps_a = ka if ka * taps_s <= ACCUMULATORS else 1
-    chosen = wgrad_config(dy.device, dy.dtype, channels_last, channels, across, taps_a * taps_s)
+    chosen = wgrad_config(dy.device, dy.dtype, channels_last, channels, across, along, taps_a * taps_s, geometry["DILATION_S"])
     rows, lanes = chosen["ROWS"], chosen["LANES"]
     blocks = cdiv(channels, lanes if channels_last else rows)
     groups = (ka // taps_a) * (ks // taps_s)
