@@ -98,10 +98,9 @@ def wgrad_config(
     if target.interpreted:
         return {"ROWS": 8, "LANES": 16, "T": 4}
     few, even = taps <= 9, along % 4 == 0
+    elements = 512 if few else 256
     if channels_last:  # the loads of all lines are hoisted, and their addresses fill the registers
         elements = 256 if taps > 25 or dilation > 1 else 1024 if few and even else 512
-    else:
-        elements = 512 if few else 256
     lanes = power_of_two(channels if channels_last else across, 8, 64)
     t = 4 if few or (taps <= 25 and even) else 2
     return {"ROWS": elements // lanes, "LANES": lanes, "T": t, "num_warps": 4}
