@@ -97,7 +97,7 @@ def load(target: str) -> dict[str, dict[str, Any]]:
 
 
 def of_version(entry: dict[str, Any], triton: str | None = None) -> dict[str, Any]:
-    own = entry.get(triton or version(), {})
+    own: dict[str, Any] = entry.get(triton or version(), {})
     return {k: v for k, v in entry.items() if not k.startswith("triton ")} | own
 
 
