@@ -49,9 +49,7 @@ MUTANTS = [
         "share * old_mean + (1 - share) * mean64",
         SHAPES,
     ),
-    Mutant(
-        "running variance is the biased one", KERNELS, "(var / (1 - 1 / (tl.full((), 0.0, tl.float64) + count)))", "var", SHAPES
-    ),
+    Mutant("running variance is the biased one", KERNELS, "(var / (1 - per_value))", "var", SHAPES),
     Mutant("batches are not counted", KERNELS, "tl.load(counter) + 1)", "tl.load(counter))", STATE),
     Mutant(
         "cumulative average by the old count",
