@@ -12,6 +12,7 @@ format the gradients have: that of the forward's output, as in torch, where the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -330,18 +331,21 @@ def depthwise_conv2d(
     if weight.dim() != 4:
         raise RuntimeError(f"depthwise_conv2d: weight: expected (C * multiplier, 1, KH, KW), got {described(weight)}")
     # Without gradients ours is aten's. Asked first and in few steps: after a large tensor has passed through the caches, the
-    # checks below take 100 us.
+    # checks below take 100 us. They say what is wrong where aten refuses.
     if (
         backends.forced == "auto"
         and input.is_cpu
+        and weight.is_cpu
         and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         and type(padding) is int
         and fallback.forward_is_atens(input, weight, padding)
         and type(input) is Tensor
+        and input.dtype in FLOATS
         and not torch.is_autocast_enabled("cpu")
         and not is_compiling()
     ):
-        return conv2d(input, weight, bias, stride, padding, dilation, weight.shape[0])
+        with contextlib.suppress(RuntimeError):
+            return conv2d(input, weight, bias, stride, padding, dilation, weight.shape[0])
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     options = strides, padding_of(padding, weight.shape[2:], strides, dilations), dilations
     if input.dim() == 3:
