@@ -59,8 +59,12 @@ class Step:
         for i, t in enumerate(self.tensors):
             t.requires_grad_(i in self.wanted)
 
-    def prepare(self) -> None:
+    def release(self) -> None:
+        """Let go of what the last call computed."""
         self._y, self._grads = None, ()
+
+    def prepare(self) -> None:
+        self.release()
         if self.mode in ("bwd", "dgrad", "wgrad"):
             self._y = self.case.call(self.function, *self.tensors)
 

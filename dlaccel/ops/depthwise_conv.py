@@ -12,7 +12,6 @@ format the gradients have: that of the forward's output, as in torch, where the 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -344,8 +343,10 @@ def depthwise_conv2d(
         and not torch.is_autocast_enabled("cpu")
         and not is_compiling()
     ):
-        with contextlib.suppress(RuntimeError):
+        try:
             return conv2d(input, weight, bias, stride, padding, dilation, weight.shape[0])
+        except RuntimeError:
+            pass
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     options = strides, padding_of(padding, weight.shape[2:], strides, dilations), dilations
     if input.dim() == 3:
