@@ -394,6 +394,14 @@ def _strides(t: Tensor, channels_last: bool) -> tuple[int, ...]:
     return (n, c, *_by_role(channels_last, spatial))
 
 
+def output_size(x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
+    """Height and width of y."""
+    return [
+        (x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
+
+
 def _geometry(channels_last: bool, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> dict[str, int]:
     """The constants that all kernels share. Only the padding in front matters: sizes say the rest."""
     pairs = {"K": kernel, "STRIDE_": stride, "PAD_": padding[::2], "DILATION_": dilation}
@@ -420,10 +428,7 @@ def _forward_choice(y_shape: Ints, channels_last: bool, geometry: dict[str, int]
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
     channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
     kernel = weight.shape[2:]
-    size = [
-        (x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
+    size = output_size(x, kernel, stride, padding, dilation)
     y = empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
     geometry = _geometry(channels_last, kernel, stride, padding, dilation)
     chosen = forward_config(x.device, x.dtype, *_forward_choice(y.shape, channels_last, geometry))

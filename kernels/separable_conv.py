@@ -43,7 +43,7 @@ from dlaccel.memory_format import empty, finished, suggests_channels_last
 from . import config, depthwise_conv
 from .batch_norm import activated
 from .config import Config, Target, cdiv, power_of_two
-from .depthwise_conv import UNROLLED_TAPS, forward_line
+from .depthwise_conv import UNROLLED_TAPS, forward_line, output_size
 from .launch import launch
 
 Ints = Sequence[int]
@@ -152,10 +152,7 @@ def _chosen(
     """(channels_last, height and width of y, precision, arguments of forward_config)."""
     channels_last = any(suggests_channels_last(t) for t in (x, depthwise_weight, pointwise_weight))
     kernel = depthwise_weight.shape[2:]
-    height, width = (
-        (x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    )
+    height, width = output_size(x, kernel, stride, padding, dilation)
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     direct = channels_last and x.stride(1) == 1 and (x.element_size() == 2 or tf32)
     sizes = (direct, x.shape[0] * height, width, x.numel(), *pointwise_weight.shape[1::-1], *kernel)

@@ -43,11 +43,8 @@ def gate(dy: Tensor, y: Tensor | None, activation: str | None) -> Tensor:
     return dz
 
 
-def _activate(y: Tensor, activation: str | None) -> None:
-    if activation == "relu":
-        y.relu_()
-    elif activation == "relu6":
-        torch.nn.functional.hardtanh_(y, 0, 6)
+def activated_(y: Tensor, activation: str | None) -> Tensor:
+    return y if activation is None else y.relu_() if activation == "relu" else torch.nn.functional.hardtanh_(y, 0, 6)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -68,12 +65,12 @@ def _laid_out_like(x: Tensor, value: Tensor) -> Tensor:
 def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """act(y + residual), in place."""
     if residual is None:
-        _activate(y, activation)
+        activated_(y, activation)
     elif activation is None or not y.is_cpu or y.nbytes <= LARGE:
-        _activate(y.add_(residual), activation)
+        activated_(y.add_(residual), activation)
     else:
         for y_piece, residual_piece in _pieces(y, residual):
-            _activate(y_piece.add_(residual_piece), activation)
+            activated_(y_piece.add_(residual_piece), activation)
     return y
 
 
@@ -96,7 +93,7 @@ def _normalise(
         _native(x_piece, weight, bias, mean, var, False, 0.0, eps, out=(y_piece, *nothing))
         if rest:
             y_piece.add_(rest[0])
-        _activate(y_piece, activation)
+        activated_(y_piece, activation)
     return y
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from dlaccel.memory_format import empty, finished, suggests_channels_last
 
 MAX_PADDING = 6  # of oneDNN's fast kernels
+HANGS = 15  # width of a kernel from which oneDNN may never return, see _never_returns
 SMALL = 2**17  # multiply-adds of a forward, below which being an operator costs more than the faster gradients save
 TERMS = 1700  # that one float32 chain adds up in a weight gradient: more lose accuracy against aten's blocked sums
 IMAGE = 2**19  # multiply-adds of an image, from which its own convolution is faster than aten's channels_last gradient
@@ -57,7 +58,7 @@ def _format(channels_last: bool) -> torch.memory_format:
 def _never_returns(x: Tensor, weight: Tensor, padding: Ints) -> bool:
     """oneDNN 3.12 generates code without end for narrow bfloat16 images in channels_last under wide kernels."""
     width = x.shape[3] + padding[2] + padding[3] - weight.shape[3] + 1
-    return x.dtype == torch.bfloat16 and weight.shape[0] <= 16 and weight.shape[3] >= 15 and width >= 31
+    return x.dtype == torch.bfloat16 and weight.shape[0] <= 16 and weight.shape[3] >= HANGS and width >= 31
 
 
 def _conv(
@@ -153,7 +154,7 @@ def _wgrad_by_convolution(dy: Tensor, kernel: Ints, dilation: Ints, channels_las
 def forward_is_atens(x: Tensor, weight: Tensor, padding: int) -> bool:
     """Whether the forward below is one call of aten's with the same arguments, by sizes alone."""
     channels, one, _, width = weight.shape
-    return one == 1 and x.shape[-3] == channels and padding <= MAX_PADDING and width < 15
+    return one == 1 and x.shape[-3] == channels and padding <= MAX_PADDING and width < HANGS
 
 
 def beats_aten(x: Tensor, weight: Tensor, y: Ints, stride: Ints, padding: Ints, dilation: Ints) -> bool:

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from dlaccel.fallback import depthwise_conv
+from dlaccel.fallback.batch_norm import activated_
 from dlaccel.memory_format import finished, suggests_channels_last
 
 Ints = Sequence[int]
-
-
-def activated_(t: Tensor, activation: str | None) -> Tensor:
-    return t if activation is None else t.relu_() if activation == "relu" else torch.nn.functional.hardtanh_(t, 0.0, 6.0)
 
 
 def separable_conv2d(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dlaccel import backend as _backend
 from dlaccel.backend import choose
-from dlaccel.fallback.batch_norm import LARGE, gate, is_dense, statistics_dtype, uses_group_norm
+from dlaccel.fallback.batch_norm import LARGE, activated_, gate, is_dense, statistics_dtype, uses_group_norm
 from dlaccel.ops._autograd import transformed
 from dlaccel.ops._common import FLOATS, described, plain, total
 from dlaccel.ops._register import REGISTRY, Op
@@ -353,7 +353,7 @@ def batch_norm(
         y = torch.nn.functional.batch_norm(input, *state, weight, bias, training, momentum or 0.0, eps)
         if residual is not None:
             y = y.add_(residual)
-        return y if activation is None else y.relu_() if activation == "relu" else torch.nn.functional.hardtanh_(y, 0, 6)
+        return activated_(y, activation)
     if training:
         state_and_count = running_mean, running_var, num_batches_tracked
         y, _, _ = training_op(input, weight, bias, residual, *state_and_count, momentum, eps, activation)

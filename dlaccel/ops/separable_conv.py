@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from dlaccel import backend as backends
-from dlaccel.fallback.batch_norm import gate
-from dlaccel.fallback.separable_conv import activated_
+from dlaccel.fallback.batch_norm import activated_, gate
 from dlaccel.memory_format import empty, suggests_channels_last
 from dlaccel.ops import depthwise_conv
 from dlaccel.ops._autograd import transformed

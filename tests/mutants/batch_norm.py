@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant(
         "fallback: pieces of the residual out of step",
         FALLBACK,
-        "_activate(y_piece.add_(residual_piece), activation)",
-        "_activate(y_piece.add_(residual[: len(y_piece)]), activation)",
+        "activated_(y_piece.add_(residual_piece), activation)",
+        "activated_(y_piece.add_(residual[: len(y_piece)]), activation)",
         TORCH,
     ),
     Mutant(
