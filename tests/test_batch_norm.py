@@ -738,7 +738,7 @@ def test_auto_calls_aten_where_that_is_as_fast(
         LAUNCHES.clear()
         with dlaccel.use_backend(chosen):
             options = {"residual": residual, "activation": activation, "num_batches_tracked": count}
-            y = F.batch_norm(x, mean, var, weight, bias, training, None, 1e-5, **options)
+            y = F.batch_norm(x, mean, var, weight, bias, training, 0.2, 1e-5, **options)
             wanted = [x, weight, bias, *([] if residual is None else [residual])]
             gradients = torch.autograd.grad(y, wanted, torch.full_like(y, 0.3))
         assert bool(LAUNCHES) == (chosen == "torch")

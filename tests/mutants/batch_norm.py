@@ -153,4 +153,11 @@ MUTANTS = [
         "_native(x, 0 * of_x_hat,",
         ("tests/test_sync_batch_norm.py",),
     ),
+    Mutant(
+        "aten's own gradient is derived again",
+        OPS,
+        "if dy is None or not torch.is_grad_enabled():",
+        "if dy is None or torch.is_grad_enabled():",
+        ("tests/test_contract.py -k 'third_derivative and batch_norm and auto'",),
+    ),
 ]
