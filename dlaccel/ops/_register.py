@@ -96,8 +96,9 @@ class Op:
         def padded(function: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args, **_: function(*filled(args))
 
-        LIBRARY.impl(name, checked(self._launcher(mutated)), "CompositeExplicitAutograd")  # every device
-        LIBRARY.impl(name, _autograd.kernel(self, op), "Autograd", with_keyset=True)
+        implementation = checked(self._launcher(mutated))
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # every device
+        LIBRARY.impl(name, _autograd.kernel(self, op, implementation), "Autograd", with_keyset=True)
         torch.library.register_fake(op, checked(self.fake), lib=LIBRARY)
         torch.library.register_vmap(op, self.vmap or _one_call_per_sample(op, mutated), lib=LIBRARY)
         if self.autocast is not None:
