@@ -335,16 +335,14 @@ def _is_atens(
 
 def _in_any_order(gradients: tuple[Tensor | None, ...], dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """A hook on aten's backward in training, whose third derivative is wrong: what is to be derived again comes from ours."""
-    (dy,) = dys[:1]
-    if dy is None or not torch.is_grad_enabled():
+    # Not from the node of the forward: under checkpointing that hands out what it saved only once.
+    node: Any = next((g.grad_fn for g in gradients if g is not None), None)
+    if node is None:
         return None
-    node: Any = torch._C._current_autograd_node()
+    x, weight, statistics = node._saved_input, node._saved_weight, (node._saved_save_mean, node._saved_save_invstd)
     mask = [g is not None for g in gradients]
-    statistics = node._saved_result1, node._saved_result2
-    ours = backward_op(
-        dy, node._saved_input, node._saved_weight, None, *statistics, None, True, node._saved_eps, None, [*mask, False]
-    )
-    return tuple(ours[:3])
+    dx, dweight, dbias, _ = backward_op(dys[0], x, weight, None, *statistics, None, True, node._saved_eps, None, [*mask, False])
+    return dx, dweight, dbias
 
 
 def batch_norm(
