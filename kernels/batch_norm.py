@@ -49,7 +49,7 @@ GROUPS = 16
 
 
 def tile(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
-    """2048 elements, 16 a thread."""
+    """2048 elements, 16 a thread; half of them where rows are not aligned, and every element has an address of its own."""
     if target.interpreted:
         return {"BLOCK_R": 16, "BLOCK_N": 16} if S == 1 else {"BLOCK_R": 4, "BLOCK_N": 32}
     if S == 1:
@@ -58,7 +58,8 @@ def tile(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
         blocks = [b for b in (1024, 512, 256, 128, 64, 32, 16) if b < 2 * S] or [16]
         waste = [cdiv(S, b) * b / S for b in blocks]
         columns = next((b for b, w in zip(blocks, waste, strict=True) if w < 1.2), blocks[waste.index(min(waste))])
-    return {"BLOCK_R": power_of_two(R, 1, 2048 // columns), "BLOCK_N": columns, "num_warps": 4}
+    elements = 2048 if S == 1 or S % 4 == 0 else 1024
+    return {"BLOCK_R": power_of_two(R, 1, elements // columns), "BLOCK_N": columns, "num_warps": 4}
 
 
 def tile_candidates(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> list[Config]:
@@ -237,7 +238,7 @@ def normalise_kernel(
         var = tl.where(var < 0, 0.0, var)  # not maximum: NaN stays
         mean64 = tl.load(shift + channel, mask=valid, other=0.0).to(tl.float64) + delta
         mean_values = mean64.to(ACC)
-        rstd = (1.0 / tl.sqrt(var + EPS)).to(ACC)
+        rstd = tl.rsqrt(var + EPS).to(ACC)
         if part == 0:
             tl.store(mean + channel, mean_values, mask=valid)
             tl.store(rstd_or_var + channel, rstd, mask=valid)

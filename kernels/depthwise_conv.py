@@ -63,6 +63,11 @@ def _slides(size: int, most: int) -> int:
     return min((t for t in (8, 7, 4) if t <= most), key=lambda t: (cdiv(size, t) * t, -t))
 
 
+def _most(channels: int) -> int:
+    """The same in channels_last at most: without wide loads every element's address takes registers."""
+    return 7 if channels % 8 == 0 else 4
+
+
 @config.choice("depthwise_conv.forward")
 def forward_config(
     target: Target, dtype: torch.dtype, channels_last: bool, channels: int, across: int, along: int, taps: int
@@ -71,7 +76,7 @@ def forward_config(
     if target.interpreted:
         return {"ROWS": 16, "LANES": 16, "T": 4}
     if channels_last:
-        return {"ROWS": 16, "LANES": power_of_two(channels, 16, 64), "T": _slides(along, 7), "num_warps": 4}
+        return {"ROWS": 16, "LANES": power_of_two(channels, 16, 64), "T": _slides(along, _most(channels)), "num_warps": 4}
     lanes = power_of_two(across, 8, 64)
     return {"ROWS": 256 // lanes, "LANES": lanes, "T": _slides(along, 8), "num_warps": 4}
 
@@ -84,7 +89,7 @@ def dgrad_config(
     if target.interpreted:
         return {"ROWS": 16, "LANES": 16, "T": 4 if stride == 1 else 2}
     if channels_last:
-        t = _slides(along, 7) if stride == 1 else 2
+        t = _slides(along, _most(channels)) if stride == 1 else 2
         return {"ROWS": 16, "LANES": power_of_two(channels, 16, 64), "T": t, "num_warps": 4}
     lanes = power_of_two(across, 8, 64)
     return {"ROWS": 256 // lanes, "LANES": lanes, "T": _slides(along, 8) if stride == 1 else 4, "num_warps": 4}
@@ -162,23 +167,30 @@ def tile_of_program(
 
 
 @triton.jit
-def load_along(line, position, size, stride, mask, zero, ACCUMULATOR: tl.constexpr):
+def offset(index, stride, VEC: tl.constexpr = 1):
+    """Of an index along an axis across the lanes, whose stride comes divided by VEC: so Triton sees that it is a multiple."""
+    return index.to(tl.int64) * stride * VEC
+
+
+@triton.jit
+def load_along(line, position, size, stride, mask, zero, VEC: tl.constexpr, ACCUMULATOR: tl.constexpr):
     """The tile's elements at a scalar position along `s`. `zero`: a block of zeros, which makes the comparison a block."""
     inside = (position + zero >= 0) & (position + zero < size)
-    return tl.load(line + position.to(tl.int64) * stride, mask=mask & inside, other=0.0).to(ACCUMULATOR)
+    return tl.load(line + offset(position, stride, VEC), mask=mask & inside, other=0.0).to(ACCUMULATOR)
 
 
 @triton.jit
 def forward_line(
     acc, x_line, w_line, start, along, stride_xs, stride_ws, mask, w_mask, zero,
-    TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """Adds one line of taps: every element along `s` is loaded once and goes to all results that use it."""
     taps = ()
     for k in tl.static_range(TAPS):
         taps = taps + (tl.load(w_line + k * stride_ws, mask=w_mask, other=0.0).to(ACCUMULATOR),)
     for j in tl.static_range((T - 1) * STRIDE + (TAPS - 1) * DILATION + 1):
-        value = load_along(x_line, start + j, along, stride_xs, mask, zero, ACCUMULATOR)
+        value = load_along(x_line, start + j, along, stride_xs, mask, zero, VEC, ACCUMULATOR)
         added = ()
         for t in tl.static_range(T):
             if j - t * STRIDE >= 0 and (j - t * STRIDE) % DILATION == 0 and j - t * STRIDE < TAPS * DILATION:
@@ -197,36 +209,38 @@ def depthwise_forward_kernel(
     KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
     PAD_A: tl.constexpr, PAD_S: tl.constexpr, DILATION_A: tl.constexpr, DILATION_S: tl.constexpr,
     MULTIPLIER: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
+    channels *= VEC
     n, o, a, start, inside = tile_of_program(images, channels, across, along, CHANNELS_LAST, ROWS, LANES, T)
     zero = tl.zeros((ROWS, 1), dtype=tl.int32)
     acc = ()
     for _ in tl.static_range(T):
         acc = acc + (tl.zeros((ROWS, LANES), dtype=ACCUMULATOR),)
-    image = x + n.to(tl.int64) * stride_xn + (o // MULTIPLIER).to(tl.int64) * stride_xc
+    image = x + offset(n, stride_xn, VEC) + offset(o // MULTIPLIER, stride_xc)
     w_mask = o < channels
     for i in tl.range(0, KA * (KS // TAPS), num_stages=1):
         ka, ks = i // (KS // TAPS), i % (KS // TAPS) * TAPS
         xa = a * STRIDE_A - PAD_A + ka * DILATION_A
         acc = forward_line(
-            acc, image + xa.to(tl.int64) * stride_xa, w + o.to(tl.int64) * stride_wc + ka * stride_wa + ks * stride_ws,
+            acc, image + offset(xa, stride_xa, VEC), w + offset(o, stride_wc) + ka * stride_wa + ks * stride_ws,
             start * STRIDE_S - PAD_S + ks * DILATION_S, x_along, stride_xs, stride_ws,
-            inside & (xa >= 0) & (xa < x_across), w_mask, zero, TAPS, STRIDE_S, DILATION_S, T, ACCUMULATOR,
+            inside & (xa >= 0) & (xa < x_across), w_mask, zero, TAPS, STRIDE_S, DILATION_S, VEC, T, ACCUMULATOR,
         )  # fmt: skip
-    line = y + n.to(tl.int64) * stride_yn + o.to(tl.int64) * stride_yc + a.to(tl.int64) * stride_ya
+    line = y + offset(n, stride_yn, VEC) + offset(o, stride_yc) + offset(a, stride_ya, VEC)
     if HAS_BIAS:
-        bias = tl.load(b + o.to(tl.int64) * stride_b, mask=w_mask, other=0.0).to(ACCUMULATOR)
+        bias = tl.load(b + offset(o, stride_b), mask=w_mask, other=0.0).to(ACCUMULATOR)
     for t in tl.static_range(T):
         result = acc[t] + bias if HAS_BIAS else acc[t]
         mask = inside & (start + t + zero < along)
-        tl.store(line + (start + t).to(tl.int64) * stride_ys, result.to(y.dtype.element_ty), mask=mask)
+        tl.store(line + offset(start + t, stride_ys, VEC), result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def dgrad_line(
     acc, dy_line, w_line, group, along, stride_dys, stride_ws, mask, w_mask, zero,
-    KS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, T: tl.constexpr,
+    KS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """Adds one line of taps to T groups of STRIDE results. Result u meets dy's element e, both counted from the first group's,
@@ -235,7 +249,7 @@ def dgrad_line(
     for k in tl.static_range(KS):
         taps = taps + (tl.load(w_line + k * stride_ws, mask=w_mask, other=0.0).to(ACCUMULATOR),)
     for e in tl.static_range((PAD - (KS - 1) * DILATION) // STRIDE, (PAD + T * STRIDE - 1) // STRIDE + 1):
-        value = load_along(dy_line, group + e, along, stride_dys, mask, zero, ACCUMULATOR)
+        value = load_along(dy_line, group + e, along, stride_dys, mask, zero, VEC, ACCUMULATOR)
         added = ()
         for u in tl.static_range(T * STRIDE):
             if u + PAD - e * STRIDE >= 0 and (u + PAD - e * STRIDE) % DILATION == 0 and u + PAD - e * STRIDE < KS * DILATION:
@@ -249,14 +263,14 @@ def dgrad_line(
 @triton.jit
 def dgrad_tap(
     acc, dy_line, w_tap, first, along, stride_dys, mask, w_mask, zero,
-    STRIDE: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    STRIDE: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """Adds one tap to T * STRIDE results; result u meets dy's element (first + u) / STRIDE where that is whole."""
     tap = tl.load(w_tap, mask=w_mask, other=0.0).to(ACCUMULATOR)
     added = ()
     for u in tl.static_range(T * STRIDE):
         whole = (first + u + zero) % STRIDE == 0
-        value = load_along(dy_line, (first + u) // STRIDE, along, stride_dys, mask & whole, zero, ACCUMULATOR)
+        value = load_along(dy_line, (first + u) // STRIDE, along, stride_dys, mask & whole, zero, VEC, ACCUMULATOR)
         added = added + (acc[u] + value * tap,)
     return added
 
@@ -269,9 +283,11 @@ def depthwise_dgrad_kernel(
     KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
     PAD_A: tl.constexpr, PAD_S: tl.constexpr, DILATION_A: tl.constexpr, DILATION_S: tl.constexpr,
     MULTIPLIER: tl.constexpr, TAPS: tl.constexpr, PERIOD: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """PERIOD: STRIDE_A / gcd(STRIDE_A, DILATION_A), after which the phases of taps across repeat."""
+    channels *= VEC
     n, c, a, start, inside = tile_of_program(images, channels, across, along, CHANNELS_LAST, ROWS, LANES, T * STRIDE_S)
     zero = tl.zeros((ROWS, 1), dtype=tl.int32)
     acc = ()
@@ -288,26 +304,26 @@ def depthwise_dgrad_kernel(
         o = c if MULTIPLIER == 1 else c * MULTIPLIER + i // (STEPS * (KS // TAPS))
         ka = first + i // (KS // TAPS) % STEPS * PERIOD
         dya = (a + PAD_A - ka * DILATION_A) // STRIDE_A
-        dy_line = dy + n.to(tl.int64) * stride_dyn + o.to(tl.int64) * stride_dyc + dya.to(tl.int64) * stride_dya
-        w_line = w + o.to(tl.int64) * stride_wc + ka * stride_wa
+        dy_line = dy + offset(n, stride_dyn, VEC) + offset(o, stride_dyc) + offset(dya, stride_dya, VEC)
+        w_line = w + offset(o, stride_wc) + ka * stride_wa
         # Blocks on both sides of each &: Triton 3.9's interpreter makes no mask of a block and a scalar.
         w_mask = (c < channels) & (c * 0 + ka < KA)
         mask = inside & (a * 0 + ka < KA) & (a + PAD_A >= ka * DILATION_A) & (dya < dy_across)
         if TAPS == KS:
             acc = dgrad_line(
                 acc, dy_line, w_line, start // STRIDE_S, dy_along, stride_dys, stride_ws, mask, w_mask, zero,
-                KS, STRIDE_S, PAD_S, DILATION_S, T, ACCUMULATOR,
+                KS, STRIDE_S, PAD_S, DILATION_S, VEC, T, ACCUMULATOR,
             )  # fmt: skip
         else:
             ks = i % KS
             acc = dgrad_tap(
                 acc, dy_line, w_line + ks * stride_ws, start + PAD_S - ks * DILATION_S, dy_along, stride_dys,
-                mask, w_mask, zero, STRIDE_S, T, ACCUMULATOR,
+                mask, w_mask, zero, STRIDE_S, VEC, T, ACCUMULATOR,
             )  # fmt: skip
-    line = dx + n.to(tl.int64) * stride_dxn + c.to(tl.int64) * stride_dxc + a.to(tl.int64) * stride_dxa
+    line = dx + offset(n, stride_dxn, VEC) + offset(c, stride_dxc) + offset(a, stride_dxa, VEC)
     for u in tl.static_range(T * STRIDE_S):
         mask = inside & (start + u + zero < along)
-        tl.store(line + (start + u).to(tl.int64) * stride_dxs, acc[u].to(dx.dtype.element_ty), mask=mask)
+        tl.store(line + offset(start + u, stride_dxs, VEC), acc[u].to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -317,12 +333,14 @@ def depthwise_wgrad_kernel(
     KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
     PAD_A: tl.constexpr, PAD_S: tl.constexpr, DILATION_A: tl.constexpr, DILATION_S: tl.constexpr,
     MULTIPLIER: tl.constexpr, TAPS_A: tl.constexpr, TAPS_S: tl.constexpr, EVEN_T: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of TAPS_A x TAPS_S taps of one block of channels, over this split's share of the positions.
 
     grid (blocks of channels, groups of taps, splits); partial (splits, KA * KS, channels).
     """
+    channels *= VEC
     CHANNELS: tl.constexpr = LANES if CHANNELS_LAST else ROWS
     block = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     ka0 = tl.program_id(1) // (KS // TAPS_S) * TAPS_A
@@ -345,18 +363,18 @@ def depthwise_wgrad_kernel(
             n, o = step // segments // lane_blocks, block[:, None]
             a = (step // segments % lane_blocks * LANES + tl.arange(0, LANES))[None, :]
             inside = (o < channels) & (a < across)
-        dy_line = dy + n.to(tl.int64) * stride_dyn + o.to(tl.int64) * stride_dyc + a.to(tl.int64) * stride_dya
-        image = x + n.to(tl.int64) * stride_xn + (o // MULTIPLIER).to(tl.int64) * stride_xc
+        dy_line = dy + offset(n, stride_dyn, VEC) + offset(o, stride_dyc) + offset(a, stride_dya, VEC)
+        image = x + offset(n, stride_xn, VEC) + offset(o // MULTIPLIER, stride_xc)
         gradients = ()
         for t in tl.static_range(T):
-            gradients = gradients + (load_along(dy_line, start + t, along, stride_dys, inside, zero, ACCUMULATOR),)
+            gradients = gradients + (load_along(dy_line, start + t, along, stride_dys, inside, zero, VEC, ACCUMULATOR),)
         for p in tl.static_range(TAPS_A):
             xa = a * STRIDE_A - PAD_A + (ka0 + p) * DILATION_A
-            x_line = image + xa.to(tl.int64) * stride_xa
+            x_line = image + offset(xa, stride_xa, VEC)
             mask = inside & (xa >= 0) & (xa < x_across)
             for j in tl.static_range((T - 1) * STRIDE_S + (TAPS_S - 1) * DILATION_S + 1):
                 position = start * STRIDE_S - PAD_S + ks0 * DILATION_S + j
-                value = load_along(x_line, position, x_along, stride_xs, mask, zero, ACCUMULATOR)
+                value = load_along(x_line, position, x_along, stride_xs, mask, zero, VEC, ACCUMULATOR)
                 added = ()
                 for i in tl.static_range(TAPS_A * TAPS_S):
                     if (
@@ -389,8 +407,21 @@ def _by_role(channels_last: bool, pair: Ints) -> tuple[int, int]:
     return (height, width) if channels_last else (width, height)
 
 
-def _strides(t: Tensor, channels_last: bool) -> tuple[int, ...]:
-    n, c, *spatial = t.stride()
+def multiple_of(channels_last: bool, channels: int, *tensors: Tensor) -> int:
+    """What divides the number of channels and all strides but theirs, where channels are lanes: see `offset`."""
+    if not channels_last:
+        return 1
+    strides = [s for t in tensors for d, s in enumerate(t.stride()) if d != 1 and t.shape[d] > 1]
+    return math.gcd(16, channels, *strides)
+
+
+def divided(t: Tensor, vec: int) -> list[int]:
+    """The strides as `offset` takes them."""
+    return [s if d == 1 else s // vec for d, s in enumerate(t.stride())]
+
+
+def _strides(t: Tensor, channels_last: bool, vec: int) -> tuple[int, ...]:
+    n, c, *spatial = divided(t, vec)
     return (n, c, *_by_role(channels_last, spatial))
 
 
@@ -433,13 +464,15 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Int
     geometry = _geometry(channels_last, kernel, stride, padding, dilation)
     chosen = forward_config(x.device, x.dtype, *_forward_choice(y.shape, channels_last, geometry))
     taps = geometry["KS"] if _unrolls(geometry, (chosen["T"] - 1) * geometry["STRIDE_S"] + 1) else 1
+    images, channels = y.shape[:2]
+    vec = multiple_of(channels_last, channels, x, y)
     launch(
         depthwise_forward_kernel, (_programs(y.shape, channels_last, chosen, chosen["T"]),),
-        x, weight, bias, y, *y.shape[:2], *_by_role(channels_last, x.shape[2:]), *_by_role(channels_last, size),
-        *_strides(x, channels_last), *_strides(y, channels_last), *_weight_strides(weight, channels_last),
+        x, weight, bias, y, images, channels // vec, *_by_role(channels_last, x.shape[2:]), *_by_role(channels_last, size),
+        *_strides(x, channels_last, vec), *_strides(y, channels_last, vec), *_weight_strides(weight, channels_last),
         1 if bias is None else bias.stride(0),
-        **geometry, MULTIPLIER=weight.shape[0] // x.shape[1], TAPS=taps, HAS_BIAS=bias is not None,
-        CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(x), **chosen,
+        **geometry, MULTIPLIER=channels // x.shape[1], TAPS=taps, HAS_BIAS=bias is not None,
+        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(x), **chosen,
     )  # fmt: skip
     return y
 
@@ -464,12 +497,14 @@ def depthwise_conv2d_dgrad(
     chosen = dgrad_config(dy.device, dy.dtype, channels_last, dx.shape[1], across, along, geometry["KS"], step)
     taps = geometry["KS"] if _unrolls(geometry, chosen["T"] * step) else 1
     period = geometry["STRIDE_A"] // math.gcd(geometry["STRIDE_A"], geometry["DILATION_A"])
+    images, channels = dx.shape[:2]
+    vec = multiple_of(channels_last, channels, dy, dx)
     launch(
         depthwise_dgrad_kernel, (_programs(dx.shape, channels_last, chosen, chosen["T"] * step),),
-        dy, weight, dx, *dx.shape[:2], across, along, *_by_role(channels_last, dy.shape[2:]),
-        *_strides(dy, channels_last), *_strides(dx, channels_last), *_weight_strides(weight, channels_last),
-        **geometry, MULTIPLIER=weight.shape[0] // dx.shape[1], TAPS=taps, PERIOD=period,
-        CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(dy), **chosen,
+        dy, weight, dx, images, channels // vec, across, along, *_by_role(channels_last, dy.shape[2:]),
+        *_strides(dy, channels_last, vec), *_strides(dx, channels_last, vec), *_weight_strides(weight, channels_last),
+        **geometry, MULTIPLIER=weight.shape[0] // channels, TAPS=taps, PERIOD=period,
+        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dy), **chosen,
     )  # fmt: skip
     return dx
 
@@ -498,12 +533,13 @@ def depthwise_conv2d_wgrad(
     splits = min(steps, cdiv(WAVES * config.target_of(dy.device).sms, blocks * groups))
     wide = torch.promote_types(dy.dtype, torch.float32)
     partial = dy.new_empty((splits, ka * ks, channels), dtype=wide)
+    vec = multiple_of(channels_last, channels, dy, x)
     launch(
         depthwise_wgrad_kernel, (blocks, groups, splits),
-        dy, x, partial, images, channels, across, along, *_by_role(channels_last, x.shape[2:]),
-        cdiv(steps, max(splits, 1)), *_strides(dy, channels_last), *_strides(x, channels_last),
+        dy, x, partial, images, channels // vec, across, along, *_by_role(channels_last, x.shape[2:]),
+        cdiv(steps, max(splits, 1)), *_strides(dy, channels_last, vec), *_strides(x, channels_last, vec),
         **geometry, MULTIPLIER=channels // x.shape[1], TAPS_A=taps_a, TAPS_S=taps_s,
-        EVEN_T=along % chosen["T"] == 0, CHANNELS_LAST=channels_last, ACCUMULATOR=_accumulator(dy), **chosen,
+        EVEN_T=along % chosen["T"] == 0, CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dy), **chosen,
     )  # fmt: skip
     dw = empty(dy, shape, channels_last)
     total = partial.sum(0).view(ka, ks, channels)

@@ -30,6 +30,7 @@ not yet run on a GPU.
 # ruff: noqa: RUF005  (Triton concatenates tuples, it does not unpack them)
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ from dlaccel.memory_format import empty, finished, suggests_channels_last
 from . import config, depthwise_conv
 from .batch_norm import activated
 from .config import Config, Target, cdiv, power_of_two
-from .depthwise_conv import UNROLLED_TAPS, forward_line, output_size
+from .depthwise_conv import UNROLLED_TAPS, divided, forward_line, multiple_of, offset, output_size
 from .launch import launch
 
 Ints = Sequence[int]
@@ -100,9 +101,10 @@ def separable_forward_kernel(
     stride_dwc, stride_dwh, stride_dww, stride_db, stride_pwf, stride_pwc, stride_pb,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    MULTIPLIER: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    MULTIPLIER: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, T: tl.constexpr, CHANNELS: tl.constexpr, FILTERS: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
+    channels, filters = channels * VEC, filters * VEC
     filter_blocks, segments = tl.cdiv(filters, FILTERS), tl.cdiv(width, T)
     program = tl.program_id(0)
     f = (program % filter_blocks * FILTERS + tl.arange(0, FILTERS))[None, :]
@@ -120,30 +122,31 @@ def separable_forward_kernel(
         mid = ()
         for _ in tl.static_range(T):
             mid = mid + (tl.zeros((ROWS, CHANNELS), dtype=ACCUMULATOR),)
-        image = x + n.to(tl.int64) * stride_xn + (c // MULTIPLIER).to(tl.int64)[None, :] * stride_xc
-        taps = dw + c.to(tl.int64)[None, :] * stride_dwc
+        image = x + offset(n, stride_xn, VEC) + offset(c // MULTIPLIER, stride_xc)[None, :]
+        taps = dw + offset(c, stride_dwc)[None, :]
         for kh in tl.range(0, KH, num_stages=1):
             xh = h * STRIDE_H - PAD_H + kh * DILATION_H
             mid = forward_line(
-                mid, image + xh.to(tl.int64) * stride_xh, taps + kh * stride_dwh, start * STRIDE_W - PAD_W, x_width, stride_xw,
-                stride_dww, inside & valid & (xh >= 0) & (xh < x_height), valid, zero, KW, STRIDE_W, DILATION_W, T, ACCUMULATOR,
+                mid, image + offset(xh, stride_xh, VEC), taps + kh * stride_dwh, start * STRIDE_W - PAD_W, x_width, stride_xw,
+                stride_dww, inside & valid & (xh >= 0) & (xh < x_height), valid, zero, KW, STRIDE_W, DILATION_W, VEC, T,
+                ACCUMULATOR,
             )  # fmt: skip
-        weights = pw + f.to(tl.int64) * stride_pwf + c.to(tl.int64)[:, None] * stride_pwc
+        weights = pw + offset(f, stride_pwf, VEC) + offset(c, stride_pwc)[:, None]
         weights = tl.load(weights, mask=(f < filters) & (c < channels)[:, None], other=0.0)
         if db is not None:
-            shift = tl.load(db + c.to(tl.int64) * stride_db, mask=c < channels, other=0.0).to(ACCUMULATOR)[None, :]
+            shift = tl.load(db + offset(c, stride_db), mask=c < channels, other=0.0).to(ACCUMULATOR)[None, :]
         added = ()
         for t in tl.static_range(T):
             z = activated(mid[t] if db is None else mid[t] + shift, ACTIVATION).to(x.dtype.element_ty)
             added = added + (tl.dot(z, weights, out[t], input_precision=PRECISION, out_dtype=ACCUMULATOR),)
         out = added
     if pb is not None:
-        bias = tl.load(pb + f.to(tl.int64) * stride_pb, mask=f < filters, other=0.0).to(ACCUMULATOR)
-    line = y + n.to(tl.int64) * stride_yn + h.to(tl.int64) * stride_yh + f.to(tl.int64) * stride_yf
+        bias = tl.load(pb + offset(f, stride_pb), mask=f < filters, other=0.0).to(ACCUMULATOR)
+    line = y + offset(n, stride_yn, VEC) + offset(h, stride_yh, VEC) + offset(f, stride_yf)
     for t in tl.static_range(T):
         result = activated(out[t] if pb is None else out[t] + bias, ACTIVATION).to(y.dtype.element_ty)
         mask = inside & (start + t + zero < width) & (f < filters)
-        tl.store(line + (start + t).to(tl.int64) * stride_yw, result, mask=mask)
+        tl.store(line + offset(start + t, stride_yw, VEC), result, mask=mask)
 
 
 def _chosen(
@@ -181,12 +184,14 @@ def separable_conv2d(
         )
         for d, axis in enumerate("HW")
     }
+    vec = math.gcd(filters, multiple_of(channels_last, channels, x, y, pointwise_weight))
     programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])
     launch(
         separable_forward_kernel, (programs,), x, depthwise_weight, depthwise_bias, pointwise_weight, bias, y,
-        x.shape[0], channels, filters, *x.shape[2:], *size, *x.stride(), *y.stride(),
-        depthwise_weight.stride(0), *depthwise_weight.stride()[2:], _stride(depthwise_bias), *pointwise_weight.stride()[:2],
-        _stride(bias), **geometry, MULTIPLIER=channels // x.shape[1], ACTIVATION=activation, PRECISION=precision,
+        x.shape[0], channels // vec, filters // vec, *x.shape[2:], *size, *divided(x, vec), *divided(y, vec),
+        depthwise_weight.stride(0), *depthwise_weight.stride()[2:], _stride(depthwise_bias),
+        *divided(pointwise_weight, vec)[:2], _stride(bias),
+        **geometry, MULTIPLIER=channels // x.shape[1], ACTIVATION=activation, PRECISION=precision, VEC=vec,
         ACCUMULATOR=tl.float64 if x.dtype == torch.float64 else tl.float32, **chosen,
     )  # fmt: skip
     return y

@@ -35,14 +35,14 @@ MUTANTS = [
     Mutant(
         "stride of y taken from x",
         KERNELS,
-        "line = y + n.to(tl.int64) * stride_yn",
-        "line = y + n.to(tl.int64) * stride_xn",
+        "line = y + offset(n, stride_yn, VEC)",
+        "line = y + offset(n, stride_xn, VEC)",
     ),
     Mutant(
         "filters of a channel not next to each other",
         KERNELS,
-        "(o // MULTIPLIER).to(tl.int64) * stride_xc\n    w_mask",
-        "(o % (channels // MULTIPLIER)).to(tl.int64) * stride_xc\n    w_mask",
+        "offset(o // MULTIPLIER, stride_xc)\n    w_mask",
+        "offset(o % (channels // MULTIPLIER), stride_xc)\n    w_mask",
     ),
     Mutant(
         "dgrad: one filter of each channel",
@@ -62,14 +62,16 @@ MUTANTS = [
         "tl.minimum((split + 1) * steps_per_split, steps), num_stages=1)",
         "tl.minimum((split + 1) * steps_per_split, steps - 1), num_stages=1)",
     ),
-    Mutant("stride of the bias ignored", KERNELS, "tl.load(b + o.to(tl.int64) * stride_b", "tl.load(b + o.to(tl.int64)"),
+    Mutant("stride of the bias ignored", KERNELS, "tl.load(b + offset(o, stride_b)", "tl.load(b + o"),
+    Mutant("strides stay divided", KERNELS, "index.to(tl.int64) * stride * VEC", "index.to(tl.int64) * stride"),
+    Mutant("channels stay divided in the weight gradient", KERNELS, "    channels *= VEC\n    CHANNELS", "    CHANNELS"),
     Mutant(
         "accumulated in float16",
         KERNELS,
         "return tl.float64 if t.dtype == torch.float64 else tl.float32",
         "return tl.float16",
     ),
-    Mutant("int32 offsets along", KERNELS, "line + position.to(tl.int64) * stride, mask", "line + position * stride, mask"),
+    Mutant("int32 offsets", KERNELS, "return index.to(tl.int64) * stride", "return index * stride"),
     Mutant(
         "fallback: padding of dgrad symmetric",
         FALLBACK,

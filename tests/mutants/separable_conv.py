@@ -34,9 +34,9 @@ MUTANTS = [
         "activated(mid[t] if db is None else mid[t] + shift, ACTIVATION).to(x",
         "(activated(mid[t], ACTIVATION) if db is None else activated(mid[t], ACTIVATION) + shift).to(x",
     ),
-    Mutant("stride of the pointwise bias ignored", KERNELS, "pb + f.to(tl.int64) * stride_pb", "pb + f.to(tl.int64)"),
-    Mutant("filters of a channel not neighbours", KERNELS, "(c // MULTIPLIER).to", "(c % (channels // MULTIPLIER)).to"),
-    Mutant("int32 offsets of filters", KERNELS, "pw + f.to(tl.int64) * stride_pwf", "pw + f * stride_pwf"),
+    Mutant("stride of the pointwise bias ignored", KERNELS, "pb + offset(f, stride_pb)", "pb + f"),
+    Mutant("filters of a channel not neighbours", KERNELS, "offset(c // MULTIPLIER,", "offset(c % (channels // MULTIPLIER),"),
+    Mutant("int32 offsets of filters", KERNELS, "pw + offset(f, stride_pwf, VEC)", "pw + f * stride_pwf * VEC"),
     Mutant(
         "accumulated in float16",
         KERNELS,
