@@ -184,7 +184,7 @@ def separable_conv2d(
         )
         for d, axis in enumerate("HW")
     }
-    vec = math.gcd(filters, multiple_of(channels_last, channels, x, y, pointwise_weight))
+    vec = multiple_of(channels_last, math.gcd(filters, channels), x, y, pointwise_weight)
     programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])
     launch(
         separable_forward_kernel, (programs,), x, depthwise_weight, depthwise_bias, pointwise_weight, bias, y,

@@ -355,6 +355,26 @@ def test_offsets_beyond_32_bits(axis: int) -> None:
             torch.testing.assert_close(p, q)
 
 
+# ---- machine code ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [24, 72, 728])
+def test_eight_channels_are_enough_for_wide_loads(channels: int) -> None:
+    """Triton itself knows sizes that are multiples of 16 only."""
+    from dlaccel.bench.compile import compile_launches
+    from dlaccel.kernels import config, launch
+    from dlaccel.kernels import depthwise_conv as kernels
+
+    x = torch.empty((2, channels, 19, 19), dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+    weight = torch.empty((channels, 1, 3, 3), dtype=torch.bfloat16, device="meta")
+    options = [1, 1], [1, 1, 1, 1], [1, 1]
+    with launch.recording() as found, config.assume(config.TARGETS["sm_90"]):
+        kernels.depthwise_conv2d(x, weight, None, *options)
+        kernels.depthwise_conv2d_dgrad(x, weight, x.shape, *options, True)
+    for report in compile_launches([(n, "sm_90") for n in found]):
+        assert report.vector_loads >= 6 and report.vector_stores >= 4 and not report.spills, report
+
+
 # ---- the torch backend ----------------------------------------------------------------------------------------------
 
 
