@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dlaccel import functional as functional
 from dlaccel import nn as nn
 from dlaccel._version import __version__ as __version__
-from dlaccel.backend import explain as explain
 from dlaccel.backend import use_backend as use_backend
+from dlaccel.explanation import explain as explain
 
 if TYPE_CHECKING:
     from dlaccel.bench.tune import tune as tune

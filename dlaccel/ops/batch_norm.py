@@ -366,14 +366,14 @@ def batch_norm(
         and not torch.is_autocast_enabled("cpu")
     ):
         try:
-            y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, False)
+            y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum or 0.0, eps, False)
         except RuntimeError:
             pass
         else:
             if training:
                 if num_batches_tracked is not None:
                     num_batches_tracked.add_(1)
-                if input.requires_grad and y.requires_grad:
+                if input.requires_grad and y.grad_fn is not None:
                     y.grad_fn.register_hook(_in_any_order)
             if residual is not None:
                 y = y.add_(residual)
