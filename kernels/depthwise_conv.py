@@ -408,7 +408,7 @@ def _by_role(channels_last: bool, pair: Ints) -> tuple[int, int]:
 
 
 def multiple_of(channels_last: bool, channels: int, *tensors: Tensor) -> int:
-    """What divides the number of channels and all strides but theirs, where channels are lanes: see `offset`. 16 Triton sees."""
+    """What divides the number of channels and all strides but theirs, where channels are lanes: see `offset`; 16 needs none."""
     strides = [s for t in tensors for d, s in enumerate(t.stride()) if d != 1 and t.shape[d] > 1]
     divisor = math.gcd(16, channels, *strides)
     return divisor if channels_last and divisor < 16 else 1

@@ -359,6 +359,23 @@ def test_third_derivative_by_autograd(sample: Case, backend: str) -> None:
     close(third_derivative(checkpointed, x.clone(), rest), want)
 
 
+@over(SMALL_NONEMPTY, "auto")
+def test_derivative_of_a_vectorised_jacobian(sample: Case, backend: str) -> None:
+    """There gradients are batched by vmap while somebody records them."""
+    if refused_under_vmap(sample, "vmap"):
+        pytest.skip("refused: test_transforms")
+    f, r = ours(sample), reference(sample)
+    x, *rest = (t.detach() for t in f.tensors)
+
+    def derivative(f: Callable[..., Any], **options: Any) -> Tensor:
+        at = x.clone().requires_grad_()
+        j = torch.autograd.functional.jacobian(lambda x: f(x, *rest).sin().flatten()[:3], at, create_graph=True, **options)
+        (dj,) = torch.autograd.grad(j.sin().sum(), at, create_graph=True)
+        return torch.autograd.grad(dj.square().sum(), at)[0]
+
+    close(derivative(f, vectorize=True), derivative(r))
+
+
 @pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap(grad)", "third order"])
 @over(FIRST, "triton")
 def test_transforms_of_the_kernels(sample: Case, backend: str, transform: str) -> None:

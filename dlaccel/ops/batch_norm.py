@@ -335,13 +335,20 @@ def _is_atens(
 
 def _in_any_order(gradients: tuple[Tensor | None, ...], dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """A hook on aten's backward in training, whose third derivative is wrong: what is to be derived again comes from ours."""
-    # Not from the node of the forward: under checkpointing that hands out what it saved only once.
-    node: Any = next((g.grad_fn for g in gradients if g is not None), None)
-    if node is None:
+    dy = dys[0]
+    if dy is None or not torch.is_grad_enabled():
         return None
-    x, weight, statistics = node._saved_input, node._saved_weight, (node._saved_save_mean, node._saved_save_invstd)
+    # The gradient's node has what it needs. That of the forward, which under checkpointing hands out what it saved only once,
+    # is asked where gradients are batched by vmap and show no node.
+    node: Any = next((g.grad_fn for g in gradients if g is not None and g.grad_fn is not None), None)
+    if node is None:
+        node = torch._C._current_autograd_node()
+        statistics = node._saved_result1, node._saved_result2
+    else:
+        statistics = node._saved_save_mean, node._saved_save_invstd
+    x, weight = node._saved_input, node._saved_weight
     mask = [g is not None for g in gradients]
-    dx, dweight, dbias, _ = backward_op(dys[0], x, weight, None, *statistics, None, True, node._saved_eps, None, [*mask, False])
+    dx, dweight, dbias, _ = backward_op(dy, x, weight, None, *statistics, None, True, node._saved_eps, None, [*mask, False])
     return dx, dweight, dbias
 
 
