@@ -10,13 +10,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
 from . import measured
 from .launch import INTERPRET
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Config = dict[str, Any]
 Static = Callable[..., Config]  # (target, dtype, *sizes)
 Candidates = Callable[..., list[Config]]  # (target, dtype, *sizes): configurations worth measuring
@@ -77,10 +79,12 @@ def assume(target: Target) -> Iterator[None]:
     """Choose configurations for this target, whatever device the tensors are on (inspection, tests)."""
     global _assumed
     before, _assumed = _assumed, target
+    _forget_plans()
     try:
         yield
     finally:
         _assumed = before
+        _forget_plans()
 
 
 def target_of(device: torch.device) -> Target:
@@ -101,6 +105,24 @@ def _target_of_gpu(index: int) -> Target:
     return Target("cuda", capability, properties.multi_processor_count, shared, 32, properties.name)
 
 
+_plans: list[Any] = []
+
+
+def plan(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep what `function` returns, by its arguments, until a choice of configuration may be another one.
+
+    For what a launcher computes from layouts alone: the launches it prepares. Keep no tensors in it.
+    """
+    kept = functools.lru_cache(maxsize=4096)(function)
+    _plans.append(kept)
+    return functools.update_wrapper(cast(Callable[P, T], kept), function)
+
+
+def _forget_plans() -> None:
+    for kept in _plans:
+        kept.cache_clear()
+
+
 class Choice:
     """The configuration of one kernel, by target, dtype and sizes."""
 
@@ -109,7 +131,7 @@ class Choice:
         self.static = static
         self.candidates: Candidates | None = None
         self._forced: Config | None = None
-        self._cached = functools.lru_cache(maxsize=4096)(self._choose)
+        self._cached = plan(self._choose)
         functools.update_wrapper(self, static)
 
     def __call__(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> Config:
@@ -129,10 +151,12 @@ class Choice:
     def using(self, config: Config) -> Iterator[None]:
         """Choose this configuration whatever the sizes (tuning, inspection of candidates)."""
         before, self._forced = self._forced, config
+        _forget_plans()
         try:
             yield
         finally:
             self._forced = before
+            _forget_plans()
 
     def alternatives(self, target: Target, dtype: torch.dtype, *sizes: int) -> list[Config]:
         """The static choice first, then the other candidates."""
@@ -161,6 +185,7 @@ def consulting() -> Iterator[list[tuple[Choice, Target, torch.dtype, tuple[int, 
     """Note which choices are asked, and for what."""
     global _consulted
     before, _consulted = _consulted, []
+    _forget_plans()
     try:
         yield _consulted
     finally:
@@ -170,8 +195,7 @@ def consulting() -> Iterator[list[tuple[Choice, Target, torch.dtype, tuple[int, 
 def forget_measured() -> None:
     """Read the measured tables again, and choose anew."""
     measured.forget()
-    for known in CHOICES.values():
-        known._cached.cache_clear()
+    _forget_plans()
 
 
 CHOICES: dict[str, Choice] = {}

@@ -25,8 +25,9 @@ Sources: running maximum and sum after Milakov and Gimelshein, arXiv 1805.02867,
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from . import config
 from .config import Config, Target, cdiv, power_of_two
-from .launch import launch
+from .launch import Prepared
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbers
 STATISTICS, GRADIENT = 1, 2  # what forward saves
@@ -520,6 +521,18 @@ def _planes(*tensors: Tensor) -> list[Tensor]:
     return planes
 
 
+def _meta_planes(shape: torch.Size, *strides: tuple[int, ...]) -> tuple[list[Tensor], bool]:
+    """The planes of tensors with these strides, for their layouts; and whether all are views, which begin where the tensors do."""
+    tensors = [torch.empty_strided(shape, stride, device="meta") for stride in strides]
+    planes = _planes(*tensors)
+    views = all(p.untyped_storage()._cdata == t.untyped_storage()._cdata for p, t in zip(planes, tensors, strict=True))
+    return planes, views
+
+
+def _stride_of_gradient(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
+
+
 def _along_classes(planes: Tensor) -> bool:
     """Whether classes, not positions, are neighbours in memory."""
     return planes.stride(1) == 1
@@ -542,13 +555,12 @@ def _aligned(*planes: Tensor) -> tuple[dict[str, int], tuple[int, ...]]:
     return {"ALIGN_C": align_c, "ALIGN_L": align_l, "ALIGN": align}, (C // align_c, L // align_l, *divided)
 
 
-def _wide(*tensors: Tensor | None) -> torch.dtype:
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _accumulator(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _accumulator(*dtypes: torch.dtype) -> Any:
+    return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 def _written(dx: Tensor, planes: Tensor) -> Tensor:
@@ -562,9 +574,9 @@ def _loss_shape(x: Tensor, reduction: int) -> tuple[int, ...]:
     return () if reduction or x.dim() == 1 else (*x.shape[:1], *x.shape[2:])
 
 
-def _gradient_reduction(x: Tensor, reduction: int) -> int:
+def _gradient_reduction(dtype: torch.dtype, reduction: int) -> int:
     """The reduction whose gradient forward writes: float16 leaves the mean's divisor to backward."""
-    return SUM if reduction == MEAN and x.dtype == torch.float16 else reduction
+    return SUM if reduction == MEAN and dtype == torch.float16 else reduction
 
 
 def _row_cotangents(dy: Tensor, x: Tensor, reduction: int) -> tuple[Tensor, int]:
@@ -578,28 +590,35 @@ def _row_cotangents(dy: Tensor, x: Tensor, reduction: int) -> tuple[Tensor, int]
 def _sum(partial: Tensor, loss: Tensor, divisor: Tensor, mean: bool) -> None:
     """loss (and divisor) from the programs' sums (2, P): a tree of fixed shape."""
     while True:
-        P = partial.shape[1]
-        programs = max(cdiv(P, SUM_BLOCK), 1)
-        sums = partial.new_empty((2, programs if programs > 1 else 0))
-        launch(
-            sum_kernel, (programs,), partial, sums, divisor, loss, P,
-            BLOCK=SUM_BLOCK, LAST=programs == 1, DIVIDE=mean, ACC=_accumulator(partial.dtype),
-        )  # fmt: skip
-        if programs == 1:
+        start, programs = _sum_plan(partial.dtype, partial.shape[1], mean)
+        sums = None if programs == 1 else partial.new_empty((2, programs))
+        start(partial, sums, divisor, loss)
+        if sums is None:
             return
         partial = sums
 
 
+@config.plan
+def _sum_plan(dtype: torch.dtype, P: int, mean: bool) -> tuple[Prepared, int]:
+    programs = max(cdiv(P, SUM_BLOCK), 1)
+    constants = {"BLOCK": SUM_BLOCK, "LAST": programs == 1, "DIVIDE": mean, "ACC": _accumulator(dtype)}
+    return Prepared(sum_kernel, (programs,), P, **constants), programs
+
+
 def _divisor(target: Tensor, weight: Tensor | None, C: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """The sum of the targets' weights."""
-    programs = cdiv(target.numel(), DIVISOR_BLOCK)
+    start, programs = _divisor_plan(dtype, weight is not None, C, target.numel(), ignore_index)
     partial, divisor = target.new_empty((2, programs), dtype=dtype), target.new_empty((), dtype=dtype)
-    launch(
-        divisor_kernel, (programs,), target, weight, partial, C, target.numel(), ignore_index,
-        BLOCK=DIVISOR_BLOCK, HAS_WEIGHT=weight is not None, ACC=_accumulator(dtype),
-    )  # fmt: skip
+    start(target, weight, partial)
     _sum(partial, torch.empty_like(divisor), divisor, mean=True)
     return divisor
+
+
+@config.plan
+def _divisor_plan(dtype: torch.dtype, has_weight: bool, C: int, R: int, ignore_index: int) -> tuple[Prepared, int]:
+    programs = cdiv(R, DIVISOR_BLOCK)
+    constants = {"BLOCK": DIVISOR_BLOCK, "HAS_WEIGHT": has_weight, "ACC": _accumulator(dtype)}
+    return Prepared(divisor_kernel, (programs,), C, R, ignore_index, **constants), programs
 
 
 def cross_entropy(
@@ -612,61 +631,90 @@ def cross_entropy(
     wide: bool,
     save: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _wide(x)
-    dx = torch.empty_like(x) if save == GRADIENT else x.new_empty((0,))
-    planes = _planes(x, dx) if save == GRADIENT else _planes(x)
-    N, C, L = planes[0].shape
-    along_classes, rows = _along_classes(planes[0]), N * L
-    longest = WHOLE_WITH_GRADIENT if along_classes else WHOLE
-    if label_smoothing > 0:  # two more sums a lane
-        longest = max(longest // 4, WHOLE)
-    if save == GRADIENT and longest < C:  # as forward and backward
+    narrow, dtype = x.dtype, _wide(x.dtype)
+    plan = _forward_plan(
+        x.device, narrow, x.shape, x.stride(), weight is not None, ignore_index, reduction, max(label_smoothing, 0.0), save
+    )
+    if plan is None:  # as forward and backward
         loss, statistics, divisor, _ = cross_entropy(
             x, target, weight, ignore_index, reduction, label_smoothing, wide, STATISTICS
         )
-        reduction = _gradient_reduction(x, reduction)
+        reduction = _gradient_reduction(narrow, reduction)
         one = x.new_ones(_loss_shape(x, reduction), dtype=dtype)
         dx = cross_entropy_backward(one, x, target, weight, statistics, divisor, ignore_index, reduction, label_smoothing)
         return loss, x.new_empty((2, 0), dtype=dtype), divisor, dx
 
-    target, weight, eps = (
-        target.reshape(-1).contiguous(),
-        None if weight is None else weight.contiguous(),
-        max(label_smoothing, 0.0),
-    )
-    loss = x.new_empty(_loss_shape(x, reduction), dtype=dtype if wide else x.dtype)
-    statistics = x.new_empty((2, rows if save == STATISTICS else 0), dtype=dtype)
-    divisor = x.new_empty(() if reduction == MEAN else (0,), dtype=dtype)
-    divide = save == GRADIENT and _gradient_reduction(x, reduction) == MEAN
-    known_divisor = _divisor(target, weight, C, ignore_index, dtype) if divide else divisor
-    whole = save == GRADIENT or C <= WHOLE
-    chosen = tile_config(x.device, x.dtype, C, whole, along_classes)
-    constants = {"HAS_WEIGHT": weight is not None, "EPS": eps, "ACC": _accumulator(dtype)}
+    target, weight = target.contiguous(), None if weight is None else weight.contiguous()
+    loss = x.new_empty(_loss_shape(x, reduction), dtype=dtype if wide else narrow)
+    statistics = x.new_empty((2, plan.rows if save == STATISTICS else 0), dtype=dtype)
+    divisor = x.new_empty(() if reduction == MEAN else 0, dtype=dtype)
+    partial = x.new_empty((2, plan.programs), dtype=dtype) if reduction else None
+    known_divisor = _divisor(target, weight, plan.C, ignore_index, dtype) if plan.divide else divisor
+    planes = dx_planes = x if plan.views else _planes(x)[0]
+    dx = torch.empty_like(x) if save == GRADIENT else x.new_empty(0)
+    if save == GRADIENT:
+        dx_planes = dx if plan.views else _planes(dx)[0]
     parts = None
+    if plan.slices is not None:
+        parts = x.new_empty(plan.parts, dtype=dtype)
+        plan.slices(planes, weight, parts)
+    plan.losses(planes, target, weight, known_divisor, parts, loss, partial, statistics, dx_planes)
+    if partial is not None:
+        _sum(partial, loss, divisor, reduction == MEAN)
+    return loss, statistics, divisor, _written(dx, dx_planes) if save == GRADIENT else dx
+
+
+class _Forward(NamedTuple):
+    """The launches of a forward: slices, where few rows are divided among many programs, then the losses."""
+
+    views: bool  # the planes are, so that kernels may be given the tensors
+    rows: int
+    C: int
+    divide: bool  # the kernel needs the divisor first
+    slices: Prepared | None
+    parts: tuple[int, int, int]
+    losses: Prepared
+    programs: int
+
+
+@config.plan
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...],
+    has_weight: bool, ignore_index: int, reduction: int, eps: float, save: int,
+) -> _Forward | None:  # fmt: skip
+    """None: forward cannot hold a row as long as these to write its gradient."""
+    gradient = save == GRADIENT
+    planes, views = _meta_planes(shape, stride, *([_stride_of_gradient(shape, stride)] if gradient else []))
+    N, C, L = planes[0].shape
+    along_classes, rows = _along_classes(planes[0]), N * L
+    longest = WHOLE_WITH_GRADIENT if along_classes else WHOLE
+    if eps > 0:  # two more sums a lane
+        longest = max(longest // 4, WHOLE)
+    if gradient and longest < C:
+        return None
+    divide = gradient and _gradient_reduction(dtype, reduction) == MEAN
+    whole = gradient or C <= WHOLE
+    chosen = tile_config(device, dtype, C, whole, along_classes)
+    constants = {"HAS_WEIGHT": has_weight, "EPS": eps, "ACC": _accumulator(dtype)}
+    slices, parts = None, (0, 0, 0)
     if not whole and along_classes and N == 1:
-        sliced = slices_config(x.device, x.dtype, rows, C)
+        sliced = slices_config(device, dtype, rows, C)
         if sliced["SLICES"] > 1:
-            parts = x.new_empty((rows, 4, sliced["SLICES"]), dtype=dtype)
+            parts = (rows, 4, sliced["SLICES"])
             align, (classes, _, _, stride_c, stride_row) = _aligned(planes[0])
-            launch(
-                slice_kernel, (rows, sliced["SLICES"]), planes[0], weight, parts, classes, stride_row, stride_c,
+            slices = Prepared(
+                slice_kernel, (rows, sliced["SLICES"]), classes, stride_row, stride_c,
                 ALIGN=align["ALIGN"], **constants, **sliced,
             )  # fmt: skip
             chosen = {"BLOCK_R": 8, "BLOCK_C": sliced["SLICES"], "num_warps": 4}
     blocks = cdiv(L, chosen["BLOCK_R"])
-    programs = N * blocks
-    partial = x.new_empty((2, programs if reduction else 0), dtype=dtype)
     align, sizes = _aligned(planes[0], planes[-1])
-    launch(
-        cross_entropy_kernel, (programs,),
-        planes[0], target, weight, known_divisor, parts, loss, partial, statistics, planes[-1],
-        *sizes, rows, blocks, ignore_index,
-        **align, WHOLE=whole, SLICED=parts is not None, REDUCE=reduction != NONE, SAVE=save == STATISTICS,
-        GRADIENT=save == GRADIENT, DIVIDE=divide, **constants, **chosen,
+    losses = Prepared(
+        cross_entropy_kernel, (N * blocks,), *sizes, rows, blocks, ignore_index,
+        **align, WHOLE=whole, SLICED=slices is not None, REDUCE=reduction != NONE, SAVE=save == STATISTICS,
+        GRADIENT=gradient, DIVIDE=divide, **constants, **chosen,
     )  # fmt: skip
-    if reduction:
-        _sum(partial, loss, divisor, reduction == MEAN)
-    return loss, statistics, divisor, _written(dx, planes[-1]) if save == GRADIENT else dx
+    return _Forward(views, rows, C, divide, slices, parts, losses, N * blocks)
 
 
 def cross_entropy_backward(
@@ -680,63 +728,84 @@ def cross_entropy_backward(
     reduction: int,
     label_smoothing: float,
 ) -> Tensor:
-    dtype, dx = _wide(x), torch.empty_like(x)
-    planes, dx_planes = _planes(x, dx)
-    C = planes.shape[1]
-    whole = not statistics.numel() and C <= WHOLE
+    eps, total = max(label_smoothing, 0.0), None
+    dy, stride_dy = _row_cotangents(dy, x, reduction)
+    start, whole, views = _backward_plan(
+        x.device, x.dtype, x.shape, x.stride(), stride_dy, weight is not None, ignore_index, reduction, eps,
+        statistics.numel() > 0,
+    )  # fmt: skip
     if not whole and not statistics.numel():
         statistics = cross_entropy(x, target, None, ignore_index, NONE, 0.0, True, STATISTICS)[1]
-    eps, total = max(label_smoothing, 0.0), None
     if weight is not None:
-        weight, total = weight.contiguous(), weight.sum(dtype=dtype) if eps else None
-    target, (dy, stride_dy) = target.reshape(-1).contiguous(), _row_cotangents(dy, x, reduction)
-    chosen, splits = _backward_tile(x, planes, whole)
-    blocks = cdiv(planes.shape[2], chosen["BLOCK_R"])
-    align, (classes, positions, *strides) = _aligned(planes, dx_planes)
-    launch(
-        cross_entropy_backward_kernel, (planes.shape[0] * blocks, splits),
-        dy, planes, target, weight, total, divisor, statistics, dx_planes,
-        classes, positions, stride_dy, *strides, target.numel(), blocks, ignore_index,
-        **align, WHOLE=whole, HAS_WEIGHT=weight is not None, EPS=eps, DIVIDE=reduction == MEAN, ACC=_accumulator(dtype),
-        **chosen,
-    )  # fmt: skip
+        weight, total = weight.contiguous(), weight.sum(dtype=_wide(x.dtype)) if eps else None
+    dx = torch.empty_like(x)
+    planes, dx_planes = (x, dx) if views else _planes(x, dx)
+    start(dy, planes, target.contiguous(), weight, total, divisor, statistics, dx_planes)
     return _written(dx, dx_planes)
 
 
-def _backward_tile(x: Tensor, planes: Tensor, whole: bool) -> tuple[Config, int]:
+@config.plan
+def _backward_plan(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], stride_dy: int,
+    has_weight: bool, ignore_index: int, reduction: int, eps: float, saved: bool,
+) -> tuple[Prepared, bool, bool]:  # fmt: skip
+    """The launch, whether it finds the statistics itself, and whether the planes are views. saved: there are statistics."""
+    (planes, dx_planes), views = _meta_planes(shape, stride, _stride_of_gradient(shape, stride))
+    N, C, L = planes.shape
+    whole = not saved and C <= WHOLE
+    chosen, splits = _backward_tile(device, dtype, C, _along_classes(planes), whole)
+    blocks = cdiv(L, chosen["BLOCK_R"])
+    align, (classes, positions, *strides) = _aligned(planes, dx_planes)
+    return Prepared(
+        cross_entropy_backward_kernel, (N * blocks, splits),
+        classes, positions, stride_dy, *strides, N * L, blocks, ignore_index,
+        **align, WHOLE=whole, HAS_WEIGHT=has_weight, EPS=eps, DIVIDE=reduction == MEAN, ACC=_accumulator(dtype), **chosen,
+    ), whole, views  # fmt: skip
+
+
+def _backward_tile(device: torch.device, dtype: torch.dtype, C: int, along_classes: bool, whole: bool) -> tuple[Config, int]:
     """(configuration, programs over the classes)."""
-    C, along_classes = planes.shape[1], _along_classes(planes)
     if whole:
-        return tile_config(x.device, x.dtype, C, True, along_classes), 1
-    chosen = backward_config(x.device, x.dtype, C, along_classes)
+        return tile_config(device, dtype, C, True, along_classes), 1
+    chosen = backward_config(device, dtype, C, along_classes)
     return chosen, cdiv(C, chosen["BLOCK_C"])
 
 
 def cross_entropy_prob(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, label_smoothing: float, wide: bool, save: int
 ) -> tuple[Tensor, Tensor]:
-    dtype, narrow = _wide(x, target, weight), torch.promote_types(x.dtype, target.dtype)
-    if weight is not None:
-        weight, narrow = weight.contiguous(), torch.promote_types(narrow, weight.dtype)
-    planes, q_planes = _planes(x, target)
-    N, C, L = planes.shape
-    rows = N * L
-    loss = x.new_empty(_loss_shape(x, reduction), dtype=dtype if wide else narrow)
+    dtypes = (x.dtype, target.dtype) if weight is None else (x.dtype, target.dtype, weight.dtype)
+    dtype = _wide(*dtypes)
+    start, rows, programs, views = _prob_plan(
+        x.device, dtypes, x.shape, x.stride(), target.stride(), reduction, max(label_smoothing, 0.0), save
+    )
+    loss_dtype = dtype if wide else functools.reduce(torch.promote_types, dtypes)
+    loss = x.new_empty(_loss_shape(x, reduction), dtype=loss_dtype)
     statistics = x.new_empty((3, rows if save == STATISTICS else 0), dtype=dtype)
-    chosen = prob_config(x.device, x.dtype, C, _along_classes(planes))
-    blocks = cdiv(L, chosen["BLOCK_R"])
-    programs = N * blocks
-    partial = x.new_empty((2, programs if reduction else 0), dtype=dtype)
-    align, sizes = _aligned(planes, q_planes)
-    launch(
-        cross_entropy_prob_kernel, (programs,), planes, q_planes, weight, loss, partial, statistics,
-        *sizes, rows, blocks,
-        **align, HAS_WEIGHT=weight is not None, EPS=max(label_smoothing, 0.0), REDUCE=reduction != NONE,
-        SAVE=save == STATISTICS, ACC=_accumulator(dtype), **chosen,
-    )  # fmt: skip
-    if reduction:
+    partial = x.new_empty((2, programs), dtype=dtype) if reduction else None
+    planes, q_planes = (x, target) if views else _planes(x, target)
+    start(planes, q_planes, None if weight is None else weight.contiguous(), loss, partial, statistics)
+    if partial is not None:
         _sum(partial, loss, x.new_empty((), dtype=dtype), reduction == MEAN)
     return loss, statistics
+
+
+@config.plan
+def _prob_plan(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], shape: torch.Size, stride: tuple[int, ...],
+    target_stride: tuple[int, ...], reduction: int, eps: float, save: int,
+) -> tuple[Prepared, int, int, bool]:  # fmt: skip
+    """The launch, its rows and programs, and whether the planes are views. dtypes: of x, the target and weights, if any."""
+    (planes, q_planes), views = _meta_planes(shape, stride, target_stride)
+    N, C, L = planes.shape
+    chosen = prob_config(device, dtypes[0], C, _along_classes(planes))
+    blocks = cdiv(L, chosen["BLOCK_R"])
+    align, sizes = _aligned(planes, q_planes)
+    return Prepared(
+        cross_entropy_prob_kernel, (N * blocks,), *sizes, N * L, blocks,
+        **align, HAS_WEIGHT=len(dtypes) == 3, EPS=eps, REDUCE=reduction != NONE, SAVE=save == STATISTICS,
+        ACC=_accumulator(*dtypes), **chosen,
+    ), N * L, N * blocks, views  # fmt: skip
 
 
 def cross_entropy_prob_backward(
@@ -749,26 +818,43 @@ def cross_entropy_prob_backward(
     label_smoothing: float,
     mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    dtype = _wide(x, target, weight)
-    dx, dtarget = torch.empty_like(x) if mask[0] else None, torch.empty_like(target) if mask[1] else None
-    # A gradient that nobody wants has its tensor's planes, for their strides; nothing is written to them.
-    planes = _planes(x, target, x if dx is None else dx, target if dtarget is None else dtarget)
-    N, C, L = planes[0].shape
-    whole = not statistics.numel() and C <= WHOLE
+    dtypes = (x.dtype, target.dtype) if weight is None else (x.dtype, target.dtype, weight.dtype)
+    dy, stride_dy = _row_cotangents(dy, x, reduction)
+    start, whole, views = _prob_backward_plan(
+        x.device, dtypes, x.shape, x.stride(), target.stride(), stride_dy, reduction, max(label_smoothing, 0.0),
+        statistics.numel() > 0, *mask,
+    )  # fmt: skip
     if not whole and not statistics.numel():
         statistics = cross_entropy_prob(x, target, weight, NONE, label_smoothing, True, STATISTICS)[1]
-    dy, stride_dy = _row_cotangents(dy, x, reduction)
-    chosen, splits = _backward_tile(x, planes[0], whole)
+    dx, dtarget = torch.empty_like(x) if mask[0] else None, torch.empty_like(target) if mask[1] else None
+    # A gradient that nobody wants has its tensor's planes; nothing is written to them.
+    planes = [x, target, x if dx is None else dx, target if dtarget is None else dtarget]
+    if not views:
+        planes = _planes(*planes)
+    start(dy, *planes[:2], None if weight is None else weight.contiguous(), statistics, *planes[2:])
+    return None if dx is None else _written(dx, planes[2]), None if dtarget is None else _written(dtarget, planes[3])
+
+
+@config.plan
+def _prob_backward_plan(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], shape: torch.Size, stride: tuple[int, ...],
+    target_stride: tuple[int, ...], stride_dy: int, reduction: int, eps: float, saved: bool, want_dx: bool, want_dq: bool,
+) -> tuple[Prepared, bool, bool]:  # fmt: skip
+    """As _backward_plan."""
+    inputs, wanted = (stride, target_stride), (want_dx, want_dq)
+    gradients = [_stride_of_gradient(shape, s) if want else s for s, want in zip(inputs, wanted, strict=True)]
+    planes, views = _meta_planes(shape, *inputs, *gradients)
+    N, C, L = planes[0].shape
+    whole = not saved and C <= WHOLE
+    chosen, splits = _backward_tile(device, dtypes[0], C, _along_classes(planes[0]), whole)
     blocks = cdiv(L, chosen["BLOCK_R"])
     align, (classes, positions, *strides) = _aligned(*planes)
-    launch(
+    return Prepared(
         cross_entropy_prob_backward_kernel, (N * blocks, splits),
-        dy, planes[0], planes[1], None if weight is None else weight.contiguous(), statistics, planes[2], planes[3],
         classes, positions, stride_dy, *strides, N * L, blocks,
-        **align, WHOLE=whole, HAS_WEIGHT=weight is not None, EPS=max(label_smoothing, 0.0), DIVIDE=reduction == MEAN,
-        WANT_DX=mask[0], WANT_DQ=mask[1], ACC=_accumulator(dtype), **chosen,
-    )  # fmt: skip
-    return None if dx is None else _written(dx, planes[2]), None if dtarget is None else _written(dtarget, planes[3])
+        **align, WHOLE=whole, HAS_WEIGHT=len(dtypes) == 3, EPS=eps, DIVIDE=reduction == MEAN,
+        WANT_DX=want_dx, WANT_DQ=want_dq, ACC=_accumulator(*dtypes), **chosen,
+    ), whole, views  # fmt: skip
 
 
 def explain(name: str, *args: Any) -> str:

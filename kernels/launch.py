@@ -8,9 +8,10 @@ takes of Triton's private parts it takes only on the versions it was tested with
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,30 +56,71 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+class Prepared:
+    """A launch but for its tensors: what follows from their layouts, so that a launcher need not compute it on every call.
+
+    numbers: the kernel's run-time arguments after the tensors. options: its constants by name, and num_warps, num_stages.
+    """
+
+    __slots__ = ("_padded_grid", "_rest", "_variant", "grid", "kernel", "name", "numbers", "options")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **options: Any) -> None:
+        if 0 not in grid and (grid[0] > _MAX_GRID[0] or (len(grid) > 1 and max(grid[1:]) > _MAX_GRID[1])):
+            raise RuntimeError(f"{kernel.__name__}: a grid of {grid} is larger than a device takes, {_MAX_GRID}")
+        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
+        self.name: str = kernel.__name__
+        self._padded_grid = (*grid, 1, 1)[:3]
+        self._variant = None if INTERPRET else _variant(kernel, numbers, options)
+        self._rest = numbers if self._variant is None else (*numbers, *self._variant.constants)
+
+    def __call__(self, *args: Any) -> None:
+        """Start the kernel, on the device of its first argument; nothing happens where the grid is empty.
+
+        args: its first run-time arguments: the tensors, and numbers that change from call to call.
+        """
+        if 0 in self.grid:
+            return
+        if _recorded is not None:
+            _recorded.append(Launch(self.kernel, self.grid, (*args, *self.numbers), self.options))
+            return
+        COUNTS[self.name] += 1
+        if INTERPRET:
+            with _interpreter_lock:
+                self.kernel[self.grid](*args, *self.numbers, **self.options)
+            return
+        first = args[0]
+        index = (first if isinstance(first, Tensor) else first.base).device.index
+        if index == current_device():
+            self._start(index, args)
+        else:
+            with torch.cuda.device(index):
+                self._start(index, args)
+
+    def _start(self, index: int, args: tuple[Any, ...]) -> None:
+        kinds = _kinds(args)
+        key = (self._variant, index, kinds)
+        found = _compiled.get(key)
+        if found is None:
+            compiled = self.kernel[self.grid](*args, *self.numbers, **self.options)
+            known = self._variant is not None and kinds is not None and len(args) + len(self._rest) == len(self.kernel.params)
+            if known and _DIRECT and isinstance(compiled, CompiledKernel):
+                _compiled[key] = _Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        x, y, z = self._padded_grid
+        enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
+            found.kernel[x, y, z](*args, *self._rest)
+            return
+        stream = driver.active.get_current_stream(index)
+        found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *args, *self._rest)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on the device of its first argument; nothing happens where the grid is empty.
 
     args: the kernel's run-time arguments in order. options: its constants by name, and num_warps, num_stages.
     """
-    if 0 in grid:
-        return
-    if grid[0] > _MAX_GRID[0] or (len(grid) > 1 and max(grid[1:]) > _MAX_GRID[1]):
-        raise RuntimeError(f"{kernel.__name__}: a grid of {grid} is larger than a device takes, {_MAX_GRID}")
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, options))
-        return
-    COUNTS[kernel.__name__] += 1
-    if INTERPRET:
-        with _interpreter_lock:
-            kernel[grid](*args, **options)
-        return
-    first = args[0]
-    index = (first if isinstance(first, Tensor) else first.base).device.index
-    if index == current_device():
-        _start(index, kernel, grid, args, options)
-    else:
-        with torch.cuda.device(index):
-            _start(index, kernel, grid, args, options)
+    Prepared(kernel, grid, **options)(*args)
 
 
 current_device: Callable[[], int] = torch.cuda.current_device
@@ -92,51 +134,39 @@ _HIP = torch.version.hip is not None
 _runtime = triton.knobs.runtime
 
 
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    source: Any  # the JITFunction: the key has its id, which must not pass to another
-    kernel: Any  # triton's CompiledKernel, and four of its attributes
-    run: Any
-    function: Any
-    packed_metadata: Any
+@dataclass(frozen=True, slots=True, eq=False)  # equal if identical: hashing the key below on every call would take 2 us
+class _Variant:
+    """A kernel with options and numbers of certain kinds: what compiled code assumes, but for device and tensors."""
+
+    kernel: Any  # the key has its id, which must not pass to another
     constants: tuple[Any, ...]  # the parameters after the run-time arguments, in order
 
 
-_Key = tuple[Any, ...]
-_compiled: dict[_Key, _Compiled] = {}
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    kernel: Any  # triton's CompiledKernel, and three of its attributes
+    run: Any
+    function: Any
+    packed_metadata: Any
 
 
-def _start(index: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    kinds = _kinds(args)
-    if kinds is None:
-        kernel[grid](*args, **options)
-        return
-    values = tuple(options.values())
-    key = (id(kernel), index, tuple(options), values, tuple(map(type, values)), kinds)
-    found = _compiled.get(key)
+_variants: dict[tuple[Any, ...], _Variant] = {}
+_compiled: dict[tuple[_Variant | None, int, tuple[Any, ...] | None], _Compiled] = {}
+
+
+def _variant(kernel: Any, numbers: tuple[Any, ...], options: dict[str, Any]) -> _Variant | None:
+    """None where the keys here would not tell two launches apart."""
+    kinds, values = _kinds(numbers), tuple(options.values())
+    if kinds is None or not isinstance(kernel, JITFunction) or kernel.pre_run_hooks:
+        return None
+    key = (id(kernel), tuple(options), values, tuple(map(type, values)), kinds)
+    found = _variants.get(key)
     if found is None:
-        compiled = kernel[grid](*args, **options)
-        constants = _constants(kernel, len(args), options)
-        if _DIRECT and isinstance(compiled, CompiledKernel) and constants is not None:
-            _compiled[key] = _Compiled(kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata, constants)
-        return
-    x, y, z = (*grid, 1, 1)[:3]
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
-        found.kernel[x, y, z](*args, *found.constants)
-        return
-    stream = driver.active.get_current_stream(index)
-    found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *args, *found.constants)
-
-
-def _constants(kernel: Any, n: int, options: dict[str, Any]) -> tuple[Any, ...] | None:
-    """The values of the parameters after the first n; None where the key of _start would not tell two launches apart."""
-    if not isinstance(kernel, JITFunction) or kernel.pre_run_hooks:
-        return None
-    arguments, constants = kernel.params[:n], kernel.params[n:]
-    if any(p.is_constexpr for p in arguments) or not all(p.is_constexpr and p.name in options for p in constants):
-        return None
-    return tuple(options[p.name] for p in constants)
+        constants = list(itertools.dropwhile(lambda p: not p.is_constexpr, kernel.params))
+        if not all(p.is_constexpr and p.name in options for p in constants):
+            return None
+        found = _variants[key] = _Variant(kernel, tuple(options[p.name] for p in constants))
+    return found
 
 
 def _kinds(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -146,15 +176,17 @@ def _kinds(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """
     kinds: list[Any] = []
     for a in args:
-        if type(a) is int:
+        if isinstance(a, Tensor):
+            kinds.append(a.dtype if a.data_ptr() & 15 == 0 else (a.dtype, "unaligned"))
+            if _HIP:
+                kinds.append(a.untyped_storage().nbytes() < 2**31)  # offsets of 32 bits
+        elif type(a) is int:
             kinds.append("one" if a == 1 else a & 15 == 0)
             if a >> 31:  # none for 0 <= a < 2**31
                 kinds.append("u64" if a >= 2**63 else "i32" if -(2**31) <= a < 0 else "i64")
-        elif isinstance(a, Tensor):
-            kinds += a.dtype, a.data_ptr() & 15 == 0
-            if _HIP:
-                kinds.append(a.untyped_storage().nbytes() < 2**31)  # offsets of 32 bits
-        elif a is None or type(a) in (float, bool):
+        elif a is None:
+            kinds.append(None)
+        elif type(a) in (float, bool):
             kinds.append(type(a))
         elif isinstance(a, TensorDescriptor):
             kinds += a.base.dtype, tuple(a.block_shape), a.padding, getattr(a, "round_f32_to_tf32", False)
@@ -182,15 +214,15 @@ _descriptors: dict[tuple[Any, ...], TensorDescriptor] = {}
 _MOST_DESCRIPTORS = 4096
 
 
-def descriptor(t: Tensor, block_shape: list[int]) -> TensorDescriptor:
+def descriptor(t: Tensor, block_shape: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of `t`, from a cache: building one costs about 2 us. It does not keep `t` alive; the launch must."""
     if INTERPRET or _recorded is not None:
-        return TensorDescriptor.from_tensor(t, block_shape)
+        return TensorDescriptor.from_tensor(t, list(block_shape))
     shape, strides = t.shape, t.stride()
     key = (t.data_ptr(), t.dtype, t.device, shape, strides, *block_shape)
     found = _descriptors.get(key)
     if found is None:
         if len(_descriptors) >= _MOST_DESCRIPTORS:
             _descriptors.clear()
-        found = _descriptors[key] = TensorDescriptor(_Memory(*key[:3]), list(shape), list(strides), block_shape)
+        found = _descriptors[key] = TensorDescriptor(_Memory(*key[:3]), list(shape), list(strides), list(block_shape))
     return found

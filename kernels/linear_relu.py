@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import config
 from .config import Config, Target, cdiv, power_of_two
-from .launch import descriptor, launch
+from .launch import Prepared, descriptor
 
 PREPASS_WAVES = 4  # programs per multiprocessor that the pre-pass aims for
 
@@ -218,62 +218,64 @@ def _as_2d(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def _accumulator(t: Tensor) -> Any:
-    return tl.float64 if t.dtype == torch.float64 else tl.float32
-
-
-def _stride(bias: Tensor | None) -> int:
-    return 1 if bias is None else bias.stride(0)
-
-
-def _fits_tma(t: Tensor) -> bool:
-    aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
-    return t.stride(1) == 1 and aligned and 0 not in t.shape
-
-
-def _uses_tma(x: Tensor, weight: Tensor) -> bool:
-    """Hopper and later multiply 16-bit operands at full rate only from descriptors, which want 16-byte rows."""
-    target = config.target_of(x.device)
-    wide_rows = weight.shape[0] * x.element_size() % 16 == 0  # y's
-    hopper = target.at_least(90) and not target.at_least(120)
-    return hopper and x.element_size() == 2 and wide_rows and _fits_tma(x) and _fits_tma(weight)
+def _accumulator(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     rows = _as_2d(x)
-    if y.numel():
-        run = _forward_tma if _uses_tma(rows, weight) else _forward
-        run(rows, weight, bias, y.view(rows.shape[0], weight.shape[0]))
+    start, blocks = _forward(rows, weight, bias)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if blocks is None:
+        start(rows, weight, bias, y)
+    else:
+        operands = rows, weight, y.view(rows.shape[0], weight.shape[0])
+        start(*map(descriptor, operands, blocks), bias)
     return y
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    (M, K), N = x.shape, weight.shape[0]
-    chosen = forward_config(x.device, x.dtype, M, N, K, False)
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    launch(
-        linear_relu_kernel, (cdiv(M, chosen["BLOCK_M"]) * cdiv(N, chosen["BLOCK_N"]),),
-        x, weight, bias, y, M, N, K, *x.stride(), *weight.stride(), _stride(bias),
-        HAS_BIAS=bias is not None, EVEN_K=K % chosen["BLOCK_K"] == 0, PRECISION="tf32" if tf32 else "ieee",
-        ACCUMULATOR=_accumulator(x), **chosen,
+Blocks = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Prepared, Blocks | None]:
+    """The launch, and the blocks of the descriptors of x, weight and y if its kernel takes those."""
+    dtype = x.dtype
+    return _forward_plan(
+        x.device, dtype, x.shape, x.stride(), weight.shape, weight.stride(), None if bias is None else bias.stride(0),
+        (x.data_ptr() | weight.data_ptr()) & 15 == 0,
+        dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
     )  # fmt: skip
 
 
-def _forward_tma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    (M, K), N = x.shape, weight.shape[0]
-    chosen = forward_config(x.device, x.dtype, M, N, K, True)
+@config.plan
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], weight_shape: torch.Size,
+    weight_stride: tuple[int, ...], bias_stride: int | None, aligned: bool, tf32: bool,
+) -> tuple[Prepared, Blocks | None]:  # fmt: skip
+    target, (M, K), N = config.target_of(device), shape, weight_shape[0]
+    tma = aligned and _uses_tma(target, dtype, (M, N, K), stride, weight_stride)
+    chosen = forward_config(device, dtype, M, N, K, tma)
     block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
-    programs = min(config.target_of(x.device).sms, cdiv(M, block_m) * cdiv(N, block_n))
-    descriptors = (
-        descriptor(x, [block_m, block_k]),
-        descriptor(weight, [block_n, block_k]),
-        descriptor(y, [block_m, block_n // 2 if chosen["SUBTILE"] else block_n]),
-    )
-    launch(
-        linear_relu_tma_kernel, (programs,), *descriptors, bias, M, N, K, _stride(bias),
-        HAS_BIAS=bias is not None, **chosen,
-    )  # fmt: skip
+    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    has_bias, bias_stride = bias_stride is not None, 1 if bias_stride is None else bias_stride
+    if tma:
+        blocks = (block_m, block_k), (block_n, block_k), (block_m, block_n // 2 if chosen["SUBTILE"] else block_n)
+        programs = min(target.sms, tiles)
+        return Prepared(linear_relu_tma_kernel, (programs,), M, N, K, bias_stride, HAS_BIAS=has_bias, **chosen), blocks
+    return Prepared(
+        linear_relu_kernel, (tiles,), M, N, K, *stride, *weight_stride, bias_stride,
+        HAS_BIAS=has_bias, EVEN_K=K % block_k == 0, PRECISION="tf32" if tf32 else "ieee", ACCUMULATOR=_accumulator(dtype),
+        **chosen,
+    ), None  # fmt: skip
+
+
+def _uses_tma(
+    target: Target, dtype: torch.dtype, sizes: tuple[int, int, int], stride: tuple[int, ...], weight_stride: tuple[int, ...]
+) -> bool:
+    """Hopper and later multiply 16-bit operands at full rate only from descriptors, which want 16-byte rows."""
+    hopper = target.at_least(90) and not target.at_least(120)
+    aligned = all(along == 1 and across % 8 == 0 for across, along in (stride, weight_stride)) and sizes[1] % 8 == 0
+    return hopper and dtype.itemsize == 2 and aligned and 0 not in sizes
 
 
 def linear_relu_backward(
@@ -290,25 +292,36 @@ def linear_relu_backward(
 
 
 def _relu_backward(dy: Tensor, y: Tensor, bias_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    M, N = y.shape
-    chosen = prepass_config(y.device, y.dtype, M, N)
+    start, blocks = _backward_plan(y.device, y.dtype, y.shape, dy.stride(), y.stride(), bias_gradient)
+    dz = y.new_empty(y.shape)
+    if not bias_gradient:
+        start(dy, y, dz, None)
+        return dz, None
+    partial_db = y.new_empty((blocks, y.shape[1]), dtype=torch.promote_types(y.dtype, torch.float32))
+    start(dy, y, dz, partial_db)
+    return dz, partial_db.sum(0).to(y.dtype)
+
+
+@config.plan
+def _backward_plan(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, dy_stride: tuple[int, ...], y_stride: tuple[int, ...],
+    bias_gradient: bool,
+) -> tuple[Prepared, int]:  # fmt: skip
+    """The pre-pass, and the number of its blocks of rows."""
+    M, N = shape
+    chosen = prepass_config(device, dtype, M, N)
     blocks = cdiv(M, chosen["ROWS"])
-    wide = torch.promote_types(y.dtype, torch.float32)
-    dz, partial_db = y.new_empty((M, N)), y.new_empty((blocks, N) if bias_gradient else (0,), dtype=wide)
-    launch(
-        relu_backward_kernel, (cdiv(N, chosen["BLOCK_N"]), blocks),
-        dy, y, dz, partial_db, M, N, *dy.stride(), *y.stride(),
-        ACCUMULATOR=_accumulator(y), BIAS_GRADIENT=bias_gradient, **chosen,
-    )  # fmt: skip
-    return dz, partial_db.sum(0).to(y.dtype) if bias_gradient else None
+    return Prepared(
+        relu_backward_kernel, (cdiv(N, chosen["BLOCK_N"]), blocks), M, N, *dy_stride, *y_stride,
+        ACCUMULATOR=_accumulator(dtype), BIAS_GRADIENT=bias_gradient, **chosen,
+    ), blocks  # fmt: skip
 
 
 def explain(name: str, x: Tensor, weight: Tensor, *args: Any) -> str:
     if name != "linear_relu":
         return "relu_backward_kernel, then the vendor library's matrix products"
     rows = _as_2d(x)
-    tma = _uses_tma(rows, weight)
-    sizes = (*rows.shape[:1], *weight.shape, tma)
-    kernel = linear_relu_tma_kernel if tma else linear_relu_kernel
+    start, blocks = _forward(rows, weight, *args)
+    sizes = (*rows.shape[:1], *weight.shape, blocks is not None)
     chosen = config.written(forward_config(x.device, x.dtype, *sizes))
-    return f"{kernel.__name__}, {chosen}, {forward_config.source(x.device, x.dtype, *sizes)}"
+    return f"{start.name}, {chosen}, {forward_config.source(x.device, x.dtype, *sizes)}"

@@ -20,7 +20,7 @@ from dlaccel.bench import compile, host_time
 
 
 @triton.jit
-def scale_kernel(x, y, factor, n, stride, maybe, FLAG: tl.constexpr, BLOCK: tl.constexpr):
+def scale_kernel(x, y, maybe, factor, n, stride, FLAG: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + i * stride, mask=i < n, other=0.0) * factor
     if maybe is not None:
@@ -43,12 +43,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield lambda f, *args: pool.submit(f, *args).result()
 
 
-def started(stub: host_time.StubDriver, *args: Any, **options: Any) -> Any:
-    """What a launch of scale_kernel started: Triton's description of the compiled source."""
-    from dlaccel.kernels.launch import launch
+def started(stub: host_time.StubDriver, *args: Any, prepared: int = 0, **options: Any) -> Any:
+    """What a launch of scale_kernel started, with so many arguments prepared: Triton's description of the compiled source."""
+    from dlaccel.kernels.launch import Prepared
 
     stub.noting, stub.started = True, []
-    launch(scale_kernel, (1,), *args, **options)
+    last = len(args) - prepared
+    Prepared(scale_kernel, (1,), *args[last:], **options)(*args[:last])
     ((src, _, passed),) = stub.started
     assert list(passed[: len(args)]) == list(args)
     return src.signature, src.attrs, repr(src.constants)  # 1 and True are not one constant
@@ -58,7 +59,7 @@ def variants() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Calls of scale_kernel that differ from the first in one thing each."""
     buffer, half = torch.zeros(64), torch.zeros(64, dtype=torch.float16)
     x, y = buffer[:16], torch.zeros(16)
-    base: dict[str, Any] = {"x": x, "y": y, "factor": 2.0, "n": 16, "stride": 3, "maybe": None}
+    base: dict[str, Any] = {"x": x, "y": y, "maybe": None, "factor": 2.0, "n": 16, "stride": 3}
     options = {"FLAG": True, "BLOCK": 16, "num_warps": 1}
     changes: list[dict[str, Any]] = [
         {}, {"x": buffer[1:17]}, {"x": buffer[4:20]}, {"x": half[:16]}, {"y": torch.zeros(17)[1:]}, {"n": 1}, {"n": 13},
@@ -85,9 +86,10 @@ def _every_variant_gets_tritons_choice() -> int:
     expected = [own(*call) for call in calls]
     for a, b in itertools.permutations(range(len(calls)), 2):
         launch._compiled.clear()
-        for i in (a, b, a, b):
+        for i, prepared in itertools.product((a, b, a, b), (0, 3)):
             args, options = calls[i]
-            assert started(stub, *args, **options) == expected[i], f"variant {i} after {a}, {b}: {args} {options}"
+            got = started(stub, *args, prepared=prepared, **options)
+            assert got == expected[i], f"variant {i} after {a}, {b}, {prepared} prepared: {args} {options}"
     kinds = {str(e) for e in expected}
     return len(kinds)
 

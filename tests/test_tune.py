@@ -150,14 +150,14 @@ def test_a_candidate_with_other_values_is_left_out(monkeypatch: pytest.MonkeyPat
     """The interpreter runs the candidates; one of them is made to compute something else."""
     blocks = [{"BLOCK_M": m, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2} for m in (32, 16, 64)]
     monkeypatch.setattr(kernels.forward_config, "candidates", lambda *args: blocks)
-    own = kernels.launch
 
-    def broken(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
-        own(kernel, grid, *args, **options)
-        if options.get("BLOCK_M") == 16 and kernel is kernels.linear_relu_kernel:
-            args[3].add_(1)
+    class Broken(launch.Prepared):
+        def __call__(self, *args: Any) -> None:
+            super().__call__(*args)
+            if self.options.get("BLOCK_M") == 16 and self.kernel is kernels.linear_relu_kernel:
+                args[3].add_(1)
 
-    monkeypatch.setattr(kernels, "launch", broken)
+    monkeypatch.setattr(kernels, "Prepared", Broken)
     x, w = torch.randn(5, 7), torch.randn(4, 7)
     with config.assume(config.INTERPRETER):
         tuned = tune("linear_relu", [(x, w)], timer=lambda call: call() and 1.0)[0]

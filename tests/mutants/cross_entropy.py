@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant(
         "float16 gradients scaled too early",
         KERNELS,
-        "if reduction == MEAN and x.dtype == torch.float16 else reduction",
+        "if reduction == MEAN and dtype == torch.float16 else reduction",
         "if False else reduction",
     ),
     Mutant("sums of a second level lost", KERNELS, "        partial = sums\n", "        partial = sums[:, :1]\n"),

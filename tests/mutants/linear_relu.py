@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         "float64 accumulated in float32",
         KERNELS,
-        "return tl.float64 if t.dtype == torch.float64 else tl.float32",
+        "return tl.float64 if dtype == torch.float64 else tl.float32",
         "return tl.float32",
     ),
     Mutant(
