@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -116,6 +116,11 @@ def plan(function: Callable[P, T]) -> Callable[P, T]:
     kept = functools.lru_cache(maxsize=4096)(function)
     _plans.append(kept)
     return functools.update_wrapper(cast(Callable[P, T], kept), function)
+
+
+def meta(shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A layout as a tensor, for plans."""
+    return torch.empty_strided(shape, stride, device="meta")
 
 
 def _forget_plans() -> None:

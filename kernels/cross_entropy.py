@@ -522,15 +522,15 @@ def _planes(*tensors: Tensor) -> list[Tensor]:
 
 
 def _meta_planes(shape: torch.Size, *strides: tuple[int, ...]) -> tuple[list[Tensor], bool]:
-    """The planes of tensors with these strides, for their layouts; and whether all are views, which begin where the tensors do."""
-    tensors = [torch.empty_strided(shape, stride, device="meta") for stride in strides]
+    """The planes of tensors with these strides, for their layouts; and whether all are views, which begin where these do."""
+    tensors = [config.meta(shape, stride) for stride in strides]
     planes = _planes(*tensors)
     views = all(p.untyped_storage()._cdata == t.untyped_storage()._cdata for p, t in zip(planes, tensors, strict=True))
     return planes, views
 
 
 def _stride_of_gradient(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
+    return torch.empty_like(config.meta(shape, stride)).stride()
 
 
 def _along_classes(planes: Tensor) -> bool:

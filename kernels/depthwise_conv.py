@@ -48,8 +48,8 @@ from torch import Tensor
 from dlaccel.memory_format import empty, suggests_channels_last
 
 from . import config
-from .config import Config, Target, cdiv, power_of_two
-from .launch import launch
+from .config import Config, Target, cdiv, meta, power_of_two
+from .launch import Prepared
 
 Ints = Sequence[int]
 
@@ -397,8 +397,8 @@ def depthwise_wgrad_kernel(
         tl.store(partial + (split.to(tl.int64) * KA * KS + tap) * channels + block, total, mask=block < channels)
 
 
-def _accumulator(t: Tensor) -> Any:
-    return tl.float64 if t.dtype == torch.float64 else tl.float32
+def _accumulator(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _by_role(channels_last: bool, pair: Ints) -> tuple[int, int]:
@@ -456,24 +456,42 @@ def _forward_choice(y_shape: Ints, channels_last: bool, geometry: dict[str, int]
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    start, layout = _forward_plan(
+        x.device, x.dtype, x.shape, x.stride(), weight.shape, weight.stride(), None if bias is None else bias.stride(0),
+        tuple(stride), tuple(padding), tuple(dilation),
+    )  # fmt: skip
+    y = x.new_empty_strided(*layout)
+    start(x, weight, bias, y)
+    return y
+
+
+Layout = tuple[torch.Size, tuple[int, ...]]  # shape and strides
+
+
+@config.plan
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, shape: Ints, x_stride: Ints, weight_shape: Ints, weight_stride: Ints,
+    bias_stride: int | None, stride: Ints, padding: Ints, dilation: Ints,
+) -> tuple[Prepared, Layout]:  # fmt: skip
+    """The launch, and the layout of y."""
+    x, weight = meta(shape, x_stride), meta(weight_shape, weight_stride)
     channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
     kernel = weight.shape[2:]
     size = output_size(x, kernel, stride, padding, dilation)
     y = empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
     geometry = _geometry(channels_last, kernel, stride, padding, dilation)
-    chosen = forward_config(x.device, x.dtype, *_forward_choice(y.shape, channels_last, geometry))
+    chosen = forward_config(device, dtype, *_forward_choice(y.shape, channels_last, geometry))
     taps = geometry["KS"] if _unrolls(geometry, (chosen["T"] - 1) * geometry["STRIDE_S"] + 1) else 1
     images, channels = y.shape[:2]
     vec = multiple_of(channels_last, channels, x, y)
-    launch(
+    return Prepared(
         depthwise_forward_kernel, (_programs(y.shape, channels_last, chosen, chosen["T"]),),
-        x, weight, bias, y, images, channels // vec, *_by_role(channels_last, x.shape[2:]), *_by_role(channels_last, size),
+        images, channels // vec, *_by_role(channels_last, x.shape[2:]), *_by_role(channels_last, size),
         *_strides(x, channels_last, vec), *_strides(y, channels_last, vec), *_weight_strides(weight, channels_last),
-        1 if bias is None else bias.stride(0),
-        **geometry, MULTIPLIER=channels // x.shape[1], TAPS=taps, HAS_BIAS=bias is not None,
-        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(x), **chosen,
-    )  # fmt: skip
-    return y
+        1 if bias_stride is None else bias_stride,
+        **geometry, MULTIPLIER=channels // x.shape[1], TAPS=taps, HAS_BIAS=bias_stride is not None,
+        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dtype), **chosen,
+    ), (y.shape, y.stride())  # fmt: skip
 
 
 def _weight_strides(weight: Tensor, channels_last: bool) -> tuple[int, ...]:
@@ -490,22 +508,36 @@ def depthwise_conv2d_dgrad(
     channels_last: bool,
 ) -> Tensor:
     dx = empty(dy, shape, channels_last)
+    start = _dgrad_plan(
+        dy.device, dy.dtype, dy.shape, dy.stride(), weight.shape, weight.stride(), dx.shape,
+        tuple(stride), tuple(padding), tuple(dilation), channels_last,
+    )  # fmt: skip
+    start(dy, weight, dx)
+    return dx
+
+
+@config.plan
+def _dgrad_plan(
+    device: torch.device, dtype: torch.dtype, dy_shape: Ints, dy_stride: Ints, weight_shape: Ints, weight_stride: Ints,
+    shape: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool,
+) -> Prepared:  # fmt: skip
+    dy, weight = meta(dy_shape, dy_stride), meta(weight_shape, weight_stride)
+    dx = empty(dy, shape, channels_last)
     geometry = _geometry(channels_last, weight.shape[2:], stride, padding, dilation)
     across, along = _by_role(channels_last, dx.shape[2:])
     step = geometry["STRIDE_S"]
-    chosen = dgrad_config(dy.device, dy.dtype, channels_last, dx.shape[1], across, along, geometry["KS"], step)
+    chosen = dgrad_config(device, dtype, channels_last, dx.shape[1], across, along, geometry["KS"], step)
     taps = geometry["KS"] if _unrolls(geometry, chosen["T"] * step) else 1
     period = geometry["STRIDE_A"] // math.gcd(geometry["STRIDE_A"], geometry["DILATION_A"])
     images, channels = dx.shape[:2]
     vec = multiple_of(channels_last, channels, dy, dx)
-    launch(
+    return Prepared(
         depthwise_dgrad_kernel, (_programs(dx.shape, channels_last, chosen, chosen["T"] * step),),
-        dy, weight, dx, images, channels // vec, across, along, *_by_role(channels_last, dy.shape[2:]),
+        images, channels // vec, across, along, *_by_role(channels_last, dy.shape[2:]),
         *_strides(dy, channels_last, vec), *_strides(dx, channels_last, vec), *_weight_strides(weight, channels_last),
         **geometry, MULTIPLIER=weight.shape[0] // channels, TAPS=taps, PERIOD=period,
-        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dy), **chosen,
+        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dtype), **chosen,
     )  # fmt: skip
-    return dx
 
 
 def depthwise_conv2d_wgrad(
@@ -517,33 +549,46 @@ def depthwise_conv2d_wgrad(
     dilation: Ints,
     channels_last: bool,
 ) -> Tensor:
+    start, partial_shape = _wgrad_plan(
+        dy.device, dy.dtype, dy.shape, dy.stride(), x.shape, x.stride(), tuple(shape),
+        tuple(stride), tuple(padding), tuple(dilation), channels_last,
+    )  # fmt: skip
+    partial = dy.new_empty(partial_shape, dtype=torch.promote_types(dy.dtype, torch.float32))
+    start(dy, x, partial)
+    dw = empty(dy, shape, channels_last)
+    total = partial.sum(0).view(*_by_role(channels_last, shape[2:]), partial_shape[-1])
+    dw[:, 0].copy_(total.permute(2, 0, 1) if channels_last else total.permute(2, 1, 0))
+    return dw
+
+
+@config.plan
+def _wgrad_plan(
+    device: torch.device, dtype: torch.dtype, dy_shape: Ints, dy_stride: Ints, x_shape: Ints, x_stride: Ints,
+    shape: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool,
+) -> tuple[Prepared, tuple[int, int, int]]:  # fmt: skip
+    """The launch, and the shape of its partial sums."""
+    dy, x = meta(dy_shape, dy_stride), meta(x_shape, x_stride)
     images, channels = dy.shape[:2]
     geometry = _geometry(channels_last, shape[2:], stride, padding, dilation)
     across, along = _by_role(channels_last, dy.shape[2:])
     ka, ks = geometry["KA"], geometry["KS"]
     taps_s = ks if ks <= ACCUMULATORS else 1
     taps_a = ka if ka * taps_s <= ACCUMULATORS else 1
-    chosen = wgrad_config(dy.device, dy.dtype, channels_last, channels, across, along, taps_a * taps_s, geometry["DILATION_S"])
+    chosen = wgrad_config(device, dtype, channels_last, channels, across, along, taps_a * taps_s, geometry["DILATION_S"])
     rows, lanes = chosen["ROWS"], chosen["LANES"]
     blocks = cdiv(channels, lanes if channels_last else rows)
     groups = (ka // taps_a) * (ks // taps_s)
     tiles = cdiv(images * across, rows) if channels_last else images * cdiv(across, lanes)
     steps = tiles * cdiv(along, chosen["T"])
-    splits = min(steps, cdiv(WAVES * config.target_of(dy.device).sms, blocks * groups))
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    partial = dy.new_empty((splits, ka * ks, channels), dtype=wide)
+    splits = min(steps, cdiv(WAVES * config.target_of(device).sms, blocks * groups))
     vec = multiple_of(channels_last, channels, dy, x)
-    launch(
+    return Prepared(
         depthwise_wgrad_kernel, (blocks, groups, splits),
-        dy, x, partial, images, channels // vec, across, along, *_by_role(channels_last, x.shape[2:]),
+        images, channels // vec, across, along, *_by_role(channels_last, x.shape[2:]),
         cdiv(steps, max(splits, 1)), *_strides(dy, channels_last, vec), *_strides(x, channels_last, vec),
         **geometry, MULTIPLIER=channels // x.shape[1], TAPS_A=taps_a, TAPS_S=taps_s,
-        EVEN_T=along % chosen["T"] == 0, CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dy), **chosen,
-    )  # fmt: skip
-    dw = empty(dy, shape, channels_last)
-    total = partial.sum(0).view(ka, ks, channels)
-    dw[:, 0].copy_(total.permute(2, 0, 1) if channels_last else total.permute(2, 1, 0))
-    return dw
+        EVEN_T=along % chosen["T"] == 0, CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dtype), **chosen,
+    ), (splits, ka * ks, channels)  # fmt: skip
 
 
 def explain(name: str, *args: Any) -> str:

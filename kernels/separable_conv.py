@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,9 +43,9 @@ from dlaccel.memory_format import empty, finished, suggests_channels_last
 
 from . import config, depthwise_conv
 from .batch_norm import activated
-from .config import Config, Target, cdiv, power_of_two
+from .config import Config, Target, cdiv, meta, power_of_two
 from .depthwise_conv import UNROLLED_TAPS, divided, forward_line, multiple_of, offset, output_size
-from .launch import launch
+from .launch import Prepared
 
 Ints = Sequence[int]
 
@@ -149,51 +149,65 @@ def separable_forward_kernel(
         tl.store(line + offset(start + t, stride_yw, VEC), result, mask=mask)
 
 
-def _chosen(
-    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: Ints, padding: Ints, dilation: Ints
-) -> tuple[bool, list[int], str, tuple[Any, ...]]:
-    """(channels_last, height and width of y, precision, arguments of forward_config)."""
+def _prepared(
+    x: Tensor, depthwise_weight: Tensor, depthwise_bias: Tensor | None, pointwise_weight: Tensor, bias: Tensor | None,
+    stride: Ints, padding: Ints, dilation: Ints, activation: str | None,
+) -> _Plan:  # fmt: skip
+    return _plan(
+        x.device, x.dtype, x.shape, x.stride(), depthwise_weight.shape, depthwise_weight.stride(), _stride(depthwise_bias),
+        pointwise_weight.shape, pointwise_weight.stride(), _stride(bias), tuple(stride), tuple(padding), tuple(dilation),
+        activation, x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32",
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    start: Prepared | None  # None: two kernels
+    shape: tuple[int, ...]  # of y
+    stride: tuple[int, ...]
+    channels_last: bool
+    sizes: tuple[int, ...]  # what forward_config was asked
+
+
+@config.plan
+def _plan(
+    device: torch.device, dtype: torch.dtype, x_shape: Ints, x_stride: Ints, dw_shape: Ints, dw_stride: Ints, db_stride: int,
+    pw_shape: Ints, pw_stride: Ints, pb_stride: int, stride: Ints, padding: Ints, dilation: Ints, activation: str | None,
+    tf32: bool,
+) -> _Plan:  # fmt: skip
+    x, depthwise_weight, pointwise_weight = meta(x_shape, x_stride), meta(dw_shape, dw_stride), meta(pw_shape, pw_stride)
     channels_last = any(suggests_channels_last(t) for t in (x, depthwise_weight, pointwise_weight))
-    kernel = depthwise_weight.shape[2:]
-    height, width = output_size(x, kernel, stride, padding, dilation)
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    direct = channels_last and x.stride(1) == 1 and (x.element_size() == 2 or tf32)
-    sizes = (direct, x.shape[0] * height, width, x.numel(), *pointwise_weight.shape[1::-1], *kernel)
-    return channels_last, [height, width], "tf32" if tf32 else "ieee", (x.device, x.dtype, *sizes)
+    kernel, (filters, channels) = dw_shape[2:], pw_shape[:2]
+    size = output_size(x, kernel, stride, padding, dilation)
+    y = empty(x, (x.shape[0], filters, *size), channels_last)
+    direct = channels_last and x.stride(1) == 1 and (dtype.itemsize == 2 or tf32)
+    sizes = (direct, x.shape[0] * size[0], size[1], x.numel(), channels, filters, *kernel)
+    chosen = forward_config(device, dtype, *sizes)
+    if chosen == TWO_KERNELS:
+        return _Plan(None, y.shape, y.stride(), channels_last, sizes)
+    pairs = {"K": kernel, "STRIDE_": stride, "PAD_": padding[::2], "DILATION_": dilation}
+    geometry = {name + axis: value for name, pair in pairs.items() for axis, value in zip("HW", pair, strict=True)}
+    vec = multiple_of(channels_last, math.gcd(filters, channels), x, y, pointwise_weight)
+    programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])
+    start = Prepared(
+        separable_forward_kernel, (programs,), x.shape[0], channels // vec, filters // vec, *x.shape[2:], *size,
+        *divided(x, vec), *divided(y, vec), dw_stride[0], *dw_stride[2:], db_stride, *divided(pointwise_weight, vec)[:2], pb_stride,
+        **geometry, MULTIPLIER=channels // x.shape[1], ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", VEC=vec,
+        ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32, **chosen,
+    )  # fmt: skip
+    return _Plan(start, y.shape, y.stride(), channels_last, sizes)
 
 
 def separable_conv2d(
     x: Tensor, depthwise_weight: Tensor, depthwise_bias: Tensor | None, pointwise_weight: Tensor, bias: Tensor | None,
     stride: Ints, padding: Ints, dilation: Ints, activation: str | None,
 ) -> Tensor:  # fmt: skip
-    channels_last, size, precision, asked = _chosen(x, depthwise_weight, pointwise_weight, stride, padding, dilation)
-    filters, channels = pointwise_weight.shape[:2]
-    chosen = forward_config(*asked)
-    if chosen == TWO_KERNELS:
+    plan = _prepared(x, depthwise_weight, depthwise_bias, pointwise_weight, bias, stride, padding, dilation, activation)
+    if plan.start is None:
         mid = depthwise_conv.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
         y = torch.conv2d(_activated_(mid, activation), pointwise_weight, bias)
-        return finished(_activated_(y, activation), channels_last)
-    y = empty(x, (x.shape[0], filters, *size), channels_last)
-    geometry = {
-        name + axis: values[d]
-        for name, values in (
-            ("K", depthwise_weight.shape[2:]),
-            ("STRIDE_", stride),
-            ("PAD_", padding[::2]),
-            ("DILATION_", dilation),
-        )
-        for d, axis in enumerate("HW")
-    }
-    vec = multiple_of(channels_last, math.gcd(filters, channels), x, y, pointwise_weight)
-    programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])
-    launch(
-        separable_forward_kernel, (programs,), x, depthwise_weight, depthwise_bias, pointwise_weight, bias, y,
-        x.shape[0], channels // vec, filters // vec, *x.shape[2:], *size, *divided(x, vec), *divided(y, vec),
-        depthwise_weight.stride(0), *depthwise_weight.stride()[2:], _stride(depthwise_bias),
-        *divided(pointwise_weight, vec)[:2], _stride(bias),
-        **geometry, MULTIPLIER=channels // x.shape[1], ACTIVATION=activation, PRECISION=precision, VEC=vec,
-        ACCUMULATOR=tl.float64 if x.dtype == torch.float64 else tl.float32, **chosen,
-    )  # fmt: skip
+        return finished(_activated_(y, activation), plan.channels_last)
+    y = x.new_empty_strided(plan.shape, plan.stride)
+    plan.start(x, depthwise_weight, depthwise_bias, pointwise_weight, bias, y)
     return y
 
 
@@ -205,10 +219,9 @@ def _stride(bias: Tensor | None) -> int:
     return 1 if bias is None else bias.stride(0)
 
 
-def explain(name: str, x: Tensor, depthwise_weight: Tensor, *args: Any) -> str:
-    _, pointwise_weight, _, stride, padding, dilation, _ = args
-    *_, asked = _chosen(x, depthwise_weight, pointwise_weight, stride, padding, dilation)
-    chosen, source = forward_config(*asked), forward_config.source(*asked)
-    if chosen == TWO_KERNELS:
+def explain(name: str, x: Tensor, *args: Any) -> str:
+    plan = _prepared(x, *args)
+    source = forward_config.source(x.device, x.dtype, *plan.sizes)
+    if plan.start is None:
         return f"depthwise_forward_kernel, then the vendor library's 1x1 convolution, {source}"
-    return f"separable_forward_kernel, {config.written(chosen)}, {source}"
+    return f"separable_forward_kernel, {config.written(forward_config(x.device, x.dtype, *plan.sizes))}, {source}"
