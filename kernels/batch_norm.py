@@ -38,8 +38,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .config import Config, Target, cdiv, power_of_two
-from .launch import launch
+from .config import Config, Target, cdiv, meta, power_of_two
+from .launch import Prepared
 
 SAMPLES = 64  # values behind the shift K
 TILES = 4  # a program has as many at least, to pay for what it does once per channel
@@ -408,7 +408,6 @@ class Walk(NamedTuple):
     vec: int  # divides the sizes and strides that the kernels multiply by it
 
     @classmethod
-    @functools.lru_cache(maxsize=4096)
     def of(cls, shape: torch.Size, layout: tuple[int, ...], *layouts: tuple[int, ...] | None) -> Walk:
         """layout: the outputs' strides; layouts: the inputs'."""
         view = View.of(shape, layout)
@@ -422,24 +421,20 @@ class Walk(NamedTuple):
 
 
 class Tiling:
-    """What the launches of one call have in common."""
+    """What the launches of a call have in common, and of all calls with these layouts."""
 
-    def __init__(self, choice: config.Choice, x: Tensor, *others: Tensor | None) -> None:
-        """others: inputs of x's shape. Outputs are laid out as empty_like(x)."""
-        like = x if _is_dense(x) else torch.empty_like(x, device="meta")
-        self.layout = like.stride()
-        inputs = (x, *others)
-        walk = Walk.of(x.shape, self.layout, *[None if t is None else t.stride() for t in inputs])
-        if any(walk.copied):
-            inputs = tuple(
-                self.laid_out(t) if copy and t is not None else t for t, copy in zip(inputs, walk.copied, strict=True)
-            )
-        self.x, *self.others = inputs
-        self.view, self.strides = walk.view, walk.strides
+    def __init__(
+        self, choice: config.Choice, device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...],
+        *others: tuple[int, ...] | None,
+    ) -> None:  # fmt: skip
+        """shape, stride: of x; others: strides of inputs of x's shape. Outputs are laid out as empty_like(x)."""
+        self.layout = torch.empty_like(meta(shape, stride)).stride()
+        walk = Walk.of(shape, self.layout, stride, *others)
+        self.view, self.strides, self.copied = walk.view, walk.strides, walk.copied
         view = self.view
         runs = view.S > 1
 
-        chosen, target = choice(x.device, x.dtype, view.R, view.C, view.S), config.target_of(x.device)
+        chosen, target = choice(device, dtype, view.R, view.C, view.S), config.target_of(device)
         self.blocks = view.C if runs else cdiv(view.C, chosen["BLOCK_N"])
         tiles = cdiv(view.R, chosen["BLOCK_R"]) * (cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
         wanted = cdiv(RESIDENT * target.sms, self.blocks)
@@ -448,35 +443,46 @@ class Tiling:
         self.parts = cdiv(tiles, per_program)
         self.sizes = view.R, view.C, (view.S if runs else view.C) // walk.vec
         self.tiles = tiles, per_program
-        self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-        self.constants: dict[str, Any] = {"RUNS": runs, "VEC": walk.vec, "ACC": self.acc, **chosen}
+        acc = tl.float64 if dtype == torch.float64 else tl.float32
+        self.constants: dict[str, Any] = {"RUNS": runs, "VEC": walk.vec, "ACC": acc, **chosen}
         self.merge = 64 if runs else 16
+        self.merged, self._collapse = self.parts, None
+        if self.parts > DIRECT:
+            group = cdiv(self.parts, GROUPS)
+            self.merged = cdiv(self.parts, group)
+            grid, constants = (cdiv(view.C, 64), self.merged), {"BLOCK_C": 64, "MERGE": 16, "num_warps": 4}
+            self._collapse = Prepared(collapse_kernel, grid, view.C, self.parts, group, **constants)
+
+    def prepared(self, kernel: Any, *numbers: Any, parts: int | None = None, **constants: Any) -> Prepared:
+        grid = self.blocks, self.parts if parts is None else parts
+        return Prepared(kernel, grid, *numbers, **self.constants, **constants)
+
+    def inputs(self, *tensors: Tensor | None) -> Sequence[Any]:
+        """x and the others, those copied that kernels cannot walk."""
+        if not any(self.copied):
+            return tensors
+        return [self.laid_out(t) if copy and t is not None else t for t, copy in zip(tensors, self.copied, strict=True)]
 
     def laid_out(self, t: Tensor) -> Tensor:
         """t in the layout of the outputs."""
         return t if t.stride() == self.layout else t.new_empty_strided(t.shape, self.layout).copy_(t)
-
-    def launch(self, kernel: Any, *args: Any, parts: int | None = None, **constants: Any) -> None:
-        launch(kernel, (self.blocks, self.parts if parts is None else parts), *args, **self.constants, **constants)
 
     def partials(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for two sums per slice and channel."""
         first = like.new_empty((self.parts, self.view.C), dtype=_wide(like))
         return first, torch.empty_like(first)
 
-    def collapsed(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The same with few enough slices, and their number."""
-        if self.parts <= DIRECT:
-            return first, second, self.parts
-        group = cdiv(self.parts, GROUPS)
-        groups = cdiv(self.parts, group)
-        few = tuple(first.new_empty((groups, self.view.C), dtype=torch.float64) for _ in range(2))
-        grid = (cdiv(self.view.C, 64), groups)
-        launch(collapse_kernel, grid, first, second, *few, self.view.C, self.parts, group, BLOCK_C=64, MERGE=16, num_warps=4)
-        return *few, groups
+    def collapsed(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with few enough slices: `merged`."""
+        if self._collapse is None:
+            return first, second
+        few = first.new_empty((self.merged, self.view.C), dtype=torch.float64)
+        fewer = torch.empty_like(few)
+        self._collapse(first, second, few, fewer)
+        return few, fewer
 
 
-_is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+tiled = config.plan(Tiling)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -504,36 +510,49 @@ def batch_norm(
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return y, x.new_zeros(x.shape[1], dtype=_wide(x)), x.new_zeros(x.shape[1], dtype=_wide(x))
+    tiling, reduce, normalise = _forward_plan(
+        x.device, x.dtype, x.shape, x.stride(), _stride(residual), _stride(running_mean), _stride(running_var), eps, activation
+    )
     mean = x.new_empty(x.shape[1], dtype=_wide(x))
     rstd, shift = torch.empty_like(mean), torch.empty_like(mean)
-    tiling = Tiling(forward_config, x, residual)
     sums, squares = tiling.partials(x)
-    tiling.launch(
-        statistics_kernel, tiling.x, sums, squares, shift, num_batches_tracked, *tiling.sizes, *tiling.tiles,
-        *tiling.strides[:3], SAMPLES=SAMPLES,
-    )  # fmt: skip
-    sums, squares, parts = tiling.collapsed(sums, squares)
-    running = [running_mean, running_var]
-    tiling.launch(
-        normalise_kernel, tiling.x, _vector(weight), _vector(bias), *tiling.others, y, mean, rstd, sums, squares, shift,
-        *running, num_batches_tracked if momentum is None else None, *_in_two(momentum or 0.0),
-        *tiling.sizes, parts, *tiling.tiles, *tiling.strides, *(0 if t is None else t.stride(0) for t in running),
-        EPS=eps, ACTIVATION=activation, TRAINING=True, MERGE=tiling.merge,
+    x, residual = tiling.inputs(x, residual)
+    reduce(x, sums, squares, shift, num_batches_tracked)
+    sums, squares = tiling.collapsed(sums, squares)
+    normalise(
+        x, _vector(weight), _vector(bias), residual, y, mean, rstd, sums, squares, shift, running_mean, running_var,
+        num_batches_tracked if momentum is None else None, *_in_two(momentum or 0.0),
     )  # fmt: skip
     return y, mean, rstd
+
+
+def _stride(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else t.stride()
+
+
+@config.plan
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], of_residual: tuple[int, ...] | None,
+    of_mean: tuple[int, ...] | None, of_var: tuple[int, ...] | None, eps: float, activation: str | None,
+) -> tuple[Tiling, Prepared, Prepared]:  # fmt: skip
+    tiling = tiled(forward_config, device, dtype, shape, stride, of_residual)
+    reduce = tiling.prepared(statistics_kernel, *tiling.sizes, *tiling.tiles, *tiling.strides[:3], SAMPLES=SAMPLES)
+    normalise = tiling.prepared(
+        normalise_kernel, *tiling.sizes, tiling.merged, *tiling.tiles, *tiling.strides,
+        *(0 if of_vector is None else of_vector[0] for of_vector in (of_mean, of_var)),
+        EPS=eps, ACTIVATION=activation, TRAINING=True, MERGE=tiling.merge,
+    )  # fmt: skip
+    return tiling, reduce, normalise
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations per channel, in float64; zeros of an empty tensor."""
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
-    tiling = Tiling(forward_config, x)
+    tiling, reduce, _ = _forward_plan(x.device, x.dtype, x.shape, x.stride(), None, None, None, 0.0, None)
     sums, squares = tiling.partials(x)
     shift = x.new_empty(x.shape[1], dtype=_wide(x))
-    tiling.launch(
-        statistics_kernel, tiling.x, sums, squares, shift, None, *tiling.sizes, *tiling.tiles, *tiling.strides[:3],
-        SAMPLES=SAMPLES,
-    )  # fmt: skip
+    reduce(tiling.inputs(x, None)[0], sums, squares, shift, None)
     count = x.numel() // x.shape[1]
     total, square = sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64)
     deviations = square - total * total / count
@@ -546,13 +565,23 @@ def batch_norm_inference(
 ) -> Tensor:  # fmt: skip
     y = torch.empty_like(x)
     if x.numel():
-        tiling = Tiling(forward_config, x, residual)
-        tiling.launch(
-            normalise_kernel, tiling.x, _vector(weight), _vector(bias), *tiling.others, y, _vector(mean), _vector(var),
-            None, None, None, None, None, None, 0.0, 0.0, *tiling.sizes, 0, *tiling.tiles, *tiling.strides, 0, 0,
-            EPS=eps, ACTIVATION=activation, TRAINING=False, MERGE=tiling.merge,
-        )  # fmt: skip
+        tiling, normalise = _inference_plan(x.device, x.dtype, x.shape, x.stride(), _stride(residual), eps, activation)
+        x, residual = tiling.inputs(x, residual)
+        normalise(x, _vector(weight), _vector(bias), residual, y, _vector(mean), _vector(var))
     return y
+
+
+@config.plan
+def _inference_plan(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], of_residual: tuple[int, ...] | None,
+    eps: float, activation: str | None,
+) -> tuple[Tiling, Prepared]:  # fmt: skip
+    tiling = tiled(forward_config, device, dtype, shape, stride, of_residual)
+    return tiling, tiling.prepared(
+        normalise_kernel, None, None, None, None, None, None, 0.0, 0.0,
+        *tiling.sizes, 0, *tiling.tiles, *tiling.strides, 0, 0,
+        EPS=eps, ACTIVATION=activation, TRAINING=False, MERGE=tiling.merge,
+    )  # fmt: skip
 
 
 def batch_norm_backward(
@@ -564,39 +593,54 @@ def batch_norm_backward(
     dx, dw, db, dresidual = (empty(t) if wanted else None for t, wanted in zip((x, like, like, x), mask, strict=True))
     if x.numel() == 0 or not any(mask):
         return dx, dw, db, dresidual
-    tiling, g, x, vectors, y, strides, recompute = _of_backward(dy, x, weight, bias, mean, rstd_or_var, y, activation)
-    constants = {"EPS": eps, "TRAINING": training}
-    sums, dots, parts = None, None, 0
-    if training or mask[1] or mask[2] or mask[3]:
+    recompute = activation is not None and bias is not None
+    tiling, reduce, gradient = _backward_plan(
+        x.device, x.dtype, x.shape, x.stride(), dy.stride(), training, eps, activation, recompute, tuple(mask)
+    )
+    sums = dots = None
+    if reduce is not None:
         sums, dots = tiling.partials(x)
-        tiling.launch(
-            reduce_kernel, g, x, *vectors, y, dresidual, sums, dots, *tiling.sizes, *tiling.tiles, *strides,
-            ACTIVATION=activation, RECOMPUTE=recompute, **constants,
-        )  # fmt: skip
-        sums, dots, parts = tiling.collapsed(sums, dots)
-    if dresidual is not None:  # it is the masked gradient
-        g, activation, recompute = dresidual, None, False
-        strides = [*strides[6:], *strides[3:]]
-    if mask[0] or mask[1] or mask[2]:
-        tiling.launch(
-            gradient_kernel, g, x, *vectors, y, sums, dots, dx, dw, db, x.numel() // x.shape[1], *tiling.sizes, parts,
-            *tiling.tiles, *strides, ACTIVATION=activation, RECOMPUTE=recompute, PROJECT=training, MERGE=tiling.merge,
-            parts=None if mask[0] else 1, **constants,
-        )  # fmt: skip
+    x, g = tiling.inputs(x, dy)
+    vectors = _vector(weight), _vector(bias), _vector(mean), _vector(rstd_or_var)
+    y = None if y is None or recompute else tiling.laid_out(y)  # it shares the strides of the outputs
+    if reduce is not None:
+        reduce(g, x, *vectors, y, dresidual, sums, dots)
+        sums, dots = tiling.collapsed(sums, dots)
+    if gradient is not None:  # where the residual wants a gradient, that is the masked one
+        gradient(g if dresidual is None else dresidual, x, *vectors, y, sums, dots, dx, dw, db)
     return dx, dw, db, dresidual
 
 
-def _of_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd_or_var: Tensor,
-    y: Tensor | None, activation: str | None,
-) -> tuple[Tiling, Tensor, Tensor, list[Tensor | None], Tensor | None, list[int], bool]:  # fmt: skip
-    """What both kernels of the backward take: dy, x, vectors, y, strides; and whether they recompute the mask."""
-    tiling = Tiling(backward_config, x, dy)
+@config.plan
+def _backward_plan(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], of_dy: tuple[int, ...],
+    training: bool, eps: float, activation: str | None, recompute: bool, mask: tuple[bool, ...],
+) -> tuple[Tiling, Prepared | None, Prepared | None]:  # fmt: skip
+    """reduce_kernel and gradient_kernel, where they are wanted."""
+    tiling = tiled(backward_config, device, dtype, shape, stride, of_dy)
+    strides = _of_backward(tiling)
+    constants = {"EPS": eps, "TRAINING": training}
+    reduce = gradient = None
+    if training or any(mask[1:]):
+        reduce = tiling.prepared(
+            reduce_kernel, *tiling.sizes, *tiling.tiles, *strides, ACTIVATION=activation, RECOMPUTE=recompute, **constants
+        )
+    if mask[3]:  # gradient_kernel is given the masked gradient
+        strides, activation, recompute = [*strides[6:], *strides[3:]], None, False
+    if any(mask[:3]):
+        parts = 0 if reduce is None else tiling.merged
+        gradient = tiling.prepared(
+            gradient_kernel, math.prod(shape) // shape[1], *tiling.sizes, parts, *tiling.tiles, *strides,
+            ACTIVATION=activation, RECOMPUTE=recompute, PROJECT=training, MERGE=tiling.merge,
+            parts=None if mask[0] else 1, **constants,
+        )  # fmt: skip
+    return tiling, reduce, gradient
+
+
+def _of_backward(tiling: Tiling) -> list[int]:
+    """Strides of dy, x and y, where tiling is for x and dy."""
     of_x, of_g, of_y = (tiling.strides[i : i + 3] for i in (0, 3, 6))
-    recompute = activation is not None and bias is not None
-    y = None if y is None or recompute else tiling.laid_out(y)  # it shares the strides of the outputs
-    vectors = [_vector(v) for v in (weight, bias, mean, rstd_or_var)]
-    return tiling, tiling.others[0], tiling.x, vectors, y, [*of_g, *of_x, *of_y], recompute
+    return [*of_g, *of_x, *of_y]
 
 
 def projected(
@@ -606,12 +650,17 @@ def projected(
     """dx = weight rstd (g - of_mean - x_hat of_x_hat), g the gradient in front of the activation: training, with given sums."""
     dx = torch.empty_like(x)
     if x.numel():
-        tiling, g, x, vectors, y, strides, recompute = _of_backward(dy, x, weight, bias, mean, var, y, activation)
+        recompute = activation is not None and bias is not None
+        tiling = tiled(backward_config, x.device, x.dtype, x.shape, x.stride(), dy.stride())
+        x, g = tiling.inputs(x, dy)
+        vectors = _vector(weight), _vector(bias), _vector(mean), _vector(var)
+        y = None if y is None or recompute else tiling.laid_out(y)
         dot = of_x_hat * (var + eps).sqrt()  # as a sum of g (x - mean) over a count of 1
-        tiling.launch(
-            gradient_kernel, g, x, *vectors, y, _vector(of_mean), dot, dx, None, None, 1, *tiling.sizes, 1, *tiling.tiles,
-            *strides, ACTIVATION=activation, RECOMPUTE=recompute, EPS=eps, TRAINING=False, PROJECT=True, MERGE=tiling.merge,
+        gradient = tiling.prepared(
+            gradient_kernel, 1, *tiling.sizes, 1, *tiling.tiles, *_of_backward(tiling),
+            ACTIVATION=activation, RECOMPUTE=recompute, EPS=eps, TRAINING=False, PROJECT=True, MERGE=tiling.merge,
         )  # fmt: skip
+        gradient(g, x, *vectors, y, _vector(of_mean), dot, dx, None, None)
     return dx
 
 

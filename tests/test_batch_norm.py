@@ -316,7 +316,8 @@ def test_more_slices_than_are_merged_at_a_time() -> None:
     from dlaccel.kernels.batch_norm import Tiling, forward_config
 
     given = tensors((290, 5))
-    tiling = Tiling(forward_config, given[0].detach())
+    x = given[0].detach()
+    tiling = Tiling(forward_config, x.device, x.dtype, x.shape, x.stride())
     assert tiling.parts > tiling.merge
     with dlaccel.use_backend("triton"), poisoned():
         Call(5).check(given)
@@ -359,7 +360,8 @@ def test_a_slice_of_the_channels_is_read_in_place(copied: bool) -> None:
 
     x = torch.empty(4, 12, 10, 6)
     x = x[:, :, ::2] if copied else x[:, 3:9]
-    assert (Tiling(forward_config, x).x is x) != copied
+    tiling = Tiling(forward_config, x.device, x.dtype, x.shape, x.stride())
+    assert (tiling.inputs(x)[0] is x) != copied
 
 
 slow = pytest.mark.slow
