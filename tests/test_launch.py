@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from dlaccel.bench import compile, host_time
+from dlaccel.bench.case import families, implementation
 
 
 @triton.jit
@@ -128,6 +129,27 @@ def test_only_the_first_launch_of_a_kind_goes_through_triton(compiled: Any) -> N
         assert compiled(_second_launch_is_direct) == (1, 2)
 
 
+@triton.jit
+def defaulted_kernel(x, BLOCK: tl.constexpr, n=4):
+    i = tl.arange(0, BLOCK)
+    tl.store(x + i, 1.0, mask=i < n)
+
+
+def _an_argument_left_out() -> list[int]:
+    from dlaccel.kernels import launch
+
+    stub = host_time.install()
+    x = torch.zeros(64)
+    stub.noting, stub.started = True, []
+    for _ in range(2):
+        launch.launch(defaulted_kernel, (1,), x, BLOCK=16)
+    return [len(passed) for _, _, passed in stub.started]
+
+
+def test_an_argument_with_a_default_may_be_left_out(compiled: Any) -> None:
+    assert compiled(_an_argument_left_out) == [3, 3]
+
+
 def _constants_among_the_arguments() -> list[Any]:
     from dlaccel.kernels import launch
 
@@ -185,3 +207,73 @@ def _descriptors() -> None:
 
 def test_descriptors_are_cached_and_keep_nothing_alive(compiled: Any) -> None:
     compiled(_descriptors)
+
+
+# --- what launchers keep ---
+
+
+def calls_of(case: Any, dtype: torch.dtype, tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+    """The launchers that a forward and backward comes down to, with their arguments."""
+
+    def forward_backward() -> None:
+        y = case.call(implementation(case.op), *tensors)
+        if y.requires_grad:
+            torch.autograd.grad(y, [t for t in tensors if t.requires_grad], torch.ones_like(y), allow_unused=True)
+
+    try:
+        return compile.operator_calls(forward_backward)
+    except compile.NoKernel:
+        return []
+
+
+def described(launched: Any) -> Any:
+    args = [(a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else (type(a), a) for a in launched.args]
+    return launched.name, launched.grid, args, launched.options
+
+
+@pytest.mark.parametrize("op", sorted(families()))
+def test_what_a_launcher_keeps_is_what_it_would_prepare(op: str) -> None:
+    """All samples in turn: nothing that a launch depends on is missing from the key of what is kept."""
+    from dlaccel.kernels import config, launch
+
+    with launch.recording() as recorded, config.assume(config.TARGETS["sm_90"]):
+        calls = []
+        for case, dtype in itertools.product(families()[op].SAMPLES, (torch.float32, torch.float16)):
+            calls += calls_of(case, dtype, compile.meta_inputs(case, dtype))
+
+        def launches(launcher: Any, args: Any) -> list[Any]:
+            recorded.clear()
+            with torch.no_grad():
+                launcher(*args)
+            return [described(one) for one in recorded]
+
+        prepared = []
+        for call in calls:
+            config._forget_plans()
+            prepared.append(launches(*call))
+        config._forget_plans()
+        for _ in range(2):
+            assert [launches(*call) for call in calls] == prepared
+    assert len(calls) >= 6 and any(prepared)
+
+
+def _alive_after_a_call(op: str) -> tuple[int, int]:
+    """How many tensors were given to launchers, and how many outlive that."""
+    from dlaccel.kernels import config
+
+    stub = host_time.install()
+    stub.noting, stub.started = False, []
+    case = families()[op].SAMPLES[0]
+    with config.assume(config.TARGETS["sm_90"]), torch.no_grad():
+        tensors = case.make(torch.Generator().manual_seed(0), torch.bfloat16)
+        calls = calls_of(case, torch.bfloat16, tensors)
+        given = [weakref.ref(t) for _, args in calls for t in args if isinstance(t, torch.Tensor)]
+        del tensors, calls
+        gc.collect()
+        return len(given), sum(t() is not None for t in given)
+
+
+@pytest.mark.parametrize("op", sorted(families()))
+def test_launchers_keep_no_tensor_alive(op: str, compiled: Any) -> None:
+    given, alive = compiled(_alive_after_a_call, op)
+    assert given > 0 and alive == 0

@@ -203,6 +203,30 @@ def test_the_users_table_comes_before_the_shipped_one() -> None:
     assert chosen()[0] == second
 
 
+def test_launchers_follow_every_change_of_a_choice() -> None:
+    """They keep what they prepared, until another configuration may be due."""
+
+    def started() -> dict[str, Any]:
+        with launch.recording() as recorded:
+            kernels.linear_relu(*arguments())
+        options = recorded[0].options
+        return {name: options[name] for name in candidate() if name in options}
+
+    static, other = started(), candidate()
+    assert static == chosen()[0] != other
+    with kernels.forward_config.using(other):
+        assert started() == other
+    assert started() == static
+    with config.assume(config.TARGETS["sm_80"]):
+        assert "SUBTILE" not in started()
+    with config.consulting() as consulted:
+        assert started() == static
+    assert [asked[0] for asked in consulted] == [kernels.forward_config]
+    measured.save(measured.user_file("H100"), "H100", {key(): entry(**other)})
+    config.forget_measured()
+    assert started() == other
+
+
 def test_another_version_of_torch_or_triton_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     measured.save(measured.user_file("H100"), "H100", {key(): entry(**candidate())})
     for module in (torch, measured.triton):
