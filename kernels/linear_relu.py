@@ -229,8 +229,7 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if blocks is None:
         start(rows, weight, bias, y)
     else:
-        operands = rows, weight, y.view(rows.shape[0], weight.shape[0])
-        start(*map(descriptor, operands, blocks), bias)
+        start(*map(descriptor, (rows, weight, _as_2d(y)), blocks), bias)
     return y
 
 
