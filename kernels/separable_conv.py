@@ -190,7 +190,8 @@ def _plan(
     programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])
     start = Prepared(
         separable_forward_kernel, (programs,), x.shape[0], channels // vec, filters // vec, *x.shape[2:], *size,
-        *divided(x, vec), *divided(y, vec), dw_stride[0], *dw_stride[2:], db_stride, *divided(pointwise_weight, vec)[:2], pb_stride,
+        *divided(x, vec), *divided(y, vec), dw_stride[0], *dw_stride[2:], db_stride,
+        *divided(pointwise_weight, vec)[:2], pb_stride,
         **geometry, MULTIPLIER=channels // x.shape[1], ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", VEC=vec,
         ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32, **chosen,
     )  # fmt: skip

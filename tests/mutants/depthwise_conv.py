@@ -68,7 +68,7 @@ MUTANTS = [
     Mutant(
         "accumulated in float16",
         KERNELS,
-        "return tl.float64 if t.dtype == torch.float64 else tl.float32",
+        "return tl.float64 if dtype == torch.float64 else tl.float32",
         "return tl.float16",
     ),
     Mutant("int32 offsets", KERNELS, "return index.to(tl.int64) * stride", "return index * stride"),
