@@ -1,8 +1,10 @@
 """How kernels start: device guard, compiled-kernel and descriptor caches, interpreter lock, and a recorder of launches.
 
 Triton's own `kernel[grid](...)` binds and inspects every argument on every call: 10 to 17 us of a CPU's time. Here the first
-launch goes that way, and those that follow with arguments of the same kind start the compiled kernel it returned. What this
-takes of Triton's private parts it takes only on the versions it was tested with; elsewhere every launch goes Triton's own way.
+launch goes that way, and those that follow with arguments of the same kind start the compiled kernel it returned. A launcher
+keeps the part of a launch that follows from layouts (`Prepared`, kept by `config.plan`), so that a call looks at its tensors
+only. What this takes of Triton's private parts it takes only on the versions it was tested with; elsewhere every launch goes
+Triton's own way.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ _HIP = torch.version.hip is not None
 _runtime = triton.knobs.runtime
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # equal if identical: hashing the key below on every call would take 2 us
+@dataclass(frozen=True, slots=True, eq=False)  # compared by identity: its key is hashed once, when a launch is prepared
 class _Variant:
     """A kernel with options and numbers of certain kinds: what compiled code assumes, but for device and tensors."""
 
