@@ -193,6 +193,8 @@ def check_module_errors(name: str, ours: Callable[..., torch.nn.Module], *, at_l
     """`ours` raises torch's type of error, where torch's module `name` does: when it is made, or when it is called."""
     count = 0
     info = _module_info(name)
+    if info.module_error_inputs_func is None:  # CrossEntropyLoss in torch 2.11
+        pytest.skip(f"torch {torch.__version__} lists no errors of {name}")
     for training in (True, False):
         inputs = info.module_error_inputs_func(info, device=DEVICE, dtype=torch.float32, requires_grad=False, training=training)
         for error in inputs:
