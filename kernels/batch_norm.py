@@ -189,13 +189,14 @@ def statistics_kernel(
     values = tl.load(x + of_row + of_column, mask=(position < count)[:, None] & valid[None, :], other=0.0)
     k = tl.sum(values.to(ACC), axis=0) / tl.minimum(count, SAMPLES)
     k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # an infinite mean stays infinite instead of turning into NaN
+    k_tile = tl.sum(k, axis=0) if RUNS else k[None, :]  # a scalar: a vector of one would go to its layout as a whole tile
     sum1 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
     sum2 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
     first = part * TILES_PER_PROGRAM
     for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
         row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
         x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0)
-        z = tl.where(inside, x_tile.to(ACC) - k[None, :], 0.0)
+        z = tl.where(inside, x_tile.to(ACC) - k_tile, 0.0)
         sum1 += z
         sum2 += z * z
     partial = part.to(tl.int64) * C + channel

@@ -17,8 +17,8 @@ MUTANTS = [
     Mutant(
         "values past the end count for the statistics",
         KERNELS,
-        "z = tl.where(inside, x_tile.to(ACC) - k[None, :], 0.0)",
-        "z = x_tile.to(ACC) - k[None, :]",
+        "z = tl.where(inside, x_tile.to(ACC) - k_tile, 0.0)",
+        "z = x_tile.to(ACC) - k_tile",
         SHAPES,
     ),
     Mutant(
