@@ -19,6 +19,10 @@ atomics: results are deterministic), and writes y. Backward: `reduce_kernel` and
 g and g (x - mean). The mask of the activation is recomputed from x; with a residual it is read from y, and the first kernel
 writes g, the residual's gradient, for the second to read.
 
+With TICKET in the configuration, which is none's default, both passes are one launch: `forward_kernel`, `backward_kernel`. The
+second pass over some channels comes so soon after the first that it finds them in the L2: a pass over memory less, two in the
+backward. An experiment until a GPU has shown it faster.
+
 Saved for backward: x, mean, rstd (float32), w, b, and y with an activation. Passes over a tensor of x's size: forward 3,
 backward 5; with a residual and an activation 4 and 7 (plain torch, in place: 8 and 8).
 """
@@ -46,6 +50,7 @@ TILES = 4  # a program has as many at least, to pay for what it does once per ch
 RESIDENT = 8  # programs per multiprocessor aimed for
 DIRECT = 64  # slices whose sums every program adds up itself; more of them take a launch of their own to GROUPS
 GROUPS = 16
+LAG = 2  # groups of blocks between the two passes, where they are one launch
 
 
 def tile(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
@@ -62,7 +67,8 @@ def tile(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> Config:
     return {"BLOCK_R": power_of_two(R, 1, elements // columns), "BLOCK_N": columns, "num_warps": 4}
 
 
-def tile_candidates(target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> list[Config]:
+def tile_candidates(tensors: int, target: Target, dtype: torch.dtype, R: int, C: int, S: int) -> list[Config]:
+    """tensors: how many the second pass reads again."""
     chosen = tile(target, dtype, R, C, S)
     r, n = chosen["BLOCK_R"], chosen["BLOCK_N"]
     half = (r // 2, n) if r > 1 else (r, n // 2)
@@ -74,12 +80,22 @@ def tile_candidates(target: Target, dtype: torch.dtype, R: int, C: int, S: int) 
     ]  # more than 16 elements a thread spill where rows are not aligned
     if S == 1:
         blocks.append((max(r // 2, 1), 2 * n, 4))
-    return [{"BLOCK_R": r, "BLOCK_N": n, "num_warps": warps} for r, n, warps in blocks]
+    found = [{"BLOCK_R": r, "BLOCK_N": n, "num_warps": warps} for r, n, warps in blocks]
+    # Both passes in one launch, a ticket for so many tiles. Not on AMD, where tl.debug_barrier does not wait for stores.
+    if target.backend != "hip" and R * (min(C, n) if S == 1 else S) * dtype.itemsize * tensors <= _slab(target):
+        found += [chosen | {"TICKET": elements // (r * n)} for elements in (8192, 16384)]
+    return found
+
+
+def _slab(target: Target) -> int:
+    """Bytes of a group of blocks, of which LAG + 1 fit half of the cache; the other half is for what only passes through."""
+    return target.l2 // 2 // (LAG + 1)
 
 
 forward_config = config.choice("batch_norm.forward")(tile)  # statistics_kernel, normalise_kernel
 backward_config = config.choice("batch_norm.backward")(tile)  # reduce_kernel, gradient_kernel
-forward_config.candidates = backward_config.candidates = tile_candidates
+forward_config.candidates = functools.partial(tile_candidates, 1)
+backward_config.candidates = functools.partial(tile_candidates, 2)
 
 
 @triton.jit
@@ -174,10 +190,11 @@ def gated(g, y, ACTIVATION: tl.constexpr):
 def statistics_kernel(
     x, sums, squares, shift, counter, R, C, N, TILES, TILES_PER_PROGRAM, stride_xr, stride_xb, stride_xn,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, SAMPLES: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, item=None,
 ):  # fmt: skip
-    """Sums of x - K and its square, for one slice: row program_id(1) of sums and squares (slices, C)."""
-    block, part = tl.program_id(0), tl.program_id(1)
+    """Sums of x - K and its square, for one slice: row `part` of sums and squares (slices, C)."""
+    block, part = (tl.program_id(0), tl.program_id(1)) if item is None else item
+    KEEP: tl.constexpr = "" if item is None else "evict_last"
     channel = channels_of(block, BLOCK_N, RUNS)
     valid = channel < C
     x += block.to(tl.int64) * stride_xb * VEC
@@ -195,7 +212,7 @@ def statistics_kernel(
     first = part * TILES_PER_PROGRAM
     for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
         row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
-        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0)
+        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0, eviction_policy=KEEP)
         z = tl.where(inside, x_tile.to(ACC) - k_tile, 0.0)
         sum1 += z
         sum2 += z * z
@@ -226,10 +243,12 @@ def normalise_kernel(
     R, C, N, PARTS, TILES, TILES_PER_PROGRAM, stride_xr, stride_xb, stride_xn, stride_zr, stride_zb, stride_zn,
     stride_yr, stride_yb, stride_yn, stride_rm, stride_rv,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, MERGE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, item=None,
 ):  # fmt: skip
     """y for one slice; in training the first slice's program also writes the statistics and moves the running ones."""
-    block, part = tl.program_id(0), tl.program_id(1)
+    # The slices in the other order than statistics_kernel: what it read last is still in the L2.
+    block, part = (tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)) if item is None else item
+    DROP: tl.constexpr = "" if item is None else "evict_first"
     channel = channels_of(block, BLOCK_N, RUNS)
     valid = channel < C
     if TRAINING:
@@ -261,27 +280,100 @@ def normalise_kernel(
     y += block.to(tl.int64) * stride_yb * VEC
     if residual is not None:
         residual += block.to(tl.int64) * stride_zb * VEC
-    # The slices in the other order than statistics_kernel: what it read last is still in the L2.
-    first = (tl.num_programs(1) - 1 - part) * TILES_PER_PROGRAM
+    first = part * TILES_PER_PROGRAM
     for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
         row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
-        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0)
+        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0, eviction_policy=DROP)
         z = affine(x_tile.to(ACC), mean_values, scale, bias)
         if residual is not None:
-            z += tl.load(residual + row * stride_zr * VEC + column * stride_zn, mask=inside, other=0.0).to(ACC)
+            of_z = row * stride_zr * VEC + column * stride_zn
+            z += tl.load(residual + of_z, mask=inside, other=0.0, eviction_policy=DROP).to(ACC)
         y_tile = activated(z, ACTIVATION).to(y.dtype.element_ty)
-        tl.store(y + row * stride_yr * VEC + column * stride_yn, y_tile, mask=inside)
+        tl.store(y + row * stride_yr * VEC + column * stride_yn, y_tile, mask=inside, eviction_policy=DROP)
+
+
+@triton.jit
+def seconds_before(step, GROUPS, LAG: tl.constexpr):
+    """How many of the first `step` steps are second passes."""
+    return tl.maximum(tl.maximum(step + 1 - LAG, 0) // 2, step - GROUPS)
+
+
+@triton.jit
+def draw(tickets, BLOCKS, PARTS, GROUP, LAG: tl.constexpr):
+    """What a program of both passes does: whether a slice's second pass, of which block (it may not exist), which slice.
+
+    A step is a pass over a group of GROUP blocks: LAG first passes, then a second and a first in turn, LAG groups apart. What a
+    program waits for has earlier tickets, so programs that run do it: however few of them the device holds, none waits forever.
+    """
+    ticket = tl.atomic_add(tickets, 1, sem="relaxed")
+    step, rest = ticket // (GROUP * PARTS), ticket % (GROUP * PARTS)
+    groups = tl.cdiv(BLOCKS, GROUP)
+    before = seconds_before(step, groups, LAG)
+    second = seconds_before(step + 1, groups, LAG) > before
+    return second, tl.where(second, before, step - before) * GROUP + rest % GROUP, rest // GROUP
+
+
+@triton.jit
+def add_up_once_complete(arrived, first, second, first_sum, second_sum, channel, C, PARTS, MERGE: tl.constexpr):
+    """Counts a slice whose sums are stored; with the last, adds up all slices in their order and counts once more."""
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == PARTS - 1:
+        tl.store(first_sum + channel, merged(first, channel, C, PARTS, MERGE), mask=channel < C)
+        tl.store(second_sum + channel, merged(second, channel, C, PARTS, MERGE), mask=channel < C)
+        tl.debug_barrier()
+        tl.atomic_add(arrived, 1, sem="release")
+
+
+@triton.jit
+def wait_for_sums(arrived, PARTS):
+    """Until add_up_once_complete has counted once more than there are slices."""
+    while tl.atomic_add(arrived, 0, sem="acquire") <= PARTS:
+        pass
+
+
+@triton.jit
+def forward_kernel(
+    tickets, sums, squares, counter, x, w, b, residual, y, mean, rstd, total, total_square, shift,
+    running_mean, running_var, cumulative, momentum, rest, BLOCKS, PARTS, GROUP, R, C, N, TILES, TILES_PER_PROGRAM,
+    stride_xr, stride_xb, stride_xn, stride_zr, stride_zb, stride_zn, stride_yr, stride_yb, stride_yn, stride_rm, stride_rv,
+    LAG: tl.constexpr, SAMPLES: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    MERGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """statistics_kernel and normalise_kernel in one launch: one slice of one of them, by ticket."""
+    second, block, part = draw(tickets, BLOCKS, PARTS, GROUP, LAG)
+    if block < BLOCKS:
+        arrived = tickets + 1 + block
+        if second:
+            wait_for_sums(arrived, PARTS)
+            if cumulative is not None:
+                wait_for_sums(tickets + 1, PARTS)  # with the first block's the counter has moved
+            normalise_kernel(
+                x, w, b, residual, y, mean, rstd, total, total_square, shift, running_mean, running_var,
+                cumulative, momentum, rest, R, C, N, 1, TILES, TILES_PER_PROGRAM,
+                stride_xr, stride_xb, stride_xn, stride_zr, stride_zb, stride_zn, stride_yr, stride_yb, stride_yn,
+                stride_rm, stride_rv, EPS, ACTIVATION, True, 1, BLOCK_R, BLOCK_N, RUNS, VEC, ACC, (block, part),
+            )  # fmt: skip
+        else:
+            statistics_kernel(
+                x, sums, squares, shift, counter, R, C, N, TILES, TILES_PER_PROGRAM, stride_xr, stride_xb, stride_xn,
+                BLOCK_R, BLOCK_N, RUNS, VEC, SAMPLES, ACC, (block, part),
+            )  # fmt: skip
+            channel = channels_of(block, BLOCK_N, RUNS)
+            add_up_once_complete(arrived, sums, squares, total, total_square, channel, C, PARTS, MERGE)
 
 
 @triton.jit
 def masked_gradient(
     dy, y, x_tile, mean, scale, bias, inside,
-    ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     """The gradient in front of the activation; dy and y: pointers to the tile."""
-    g = tl.load(dy, mask=inside, other=0.0).to(ACC)
+    g = tl.load(dy, mask=inside, other=0.0, eviction_policy=HINT).to(ACC)
     if ACTIVATION is not None:
-        y_tile = affine(x_tile, mean, scale, bias).to(OUT) if RECOMPUTE else tl.load(y, mask=inside, other=0.0)
+        if RECOMPUTE:
+            y_tile = affine(x_tile, mean, scale, bias).to(OUT)
+        else:
+            y_tile = tl.load(y, mask=inside, other=0.0, eviction_policy=HINT)
         g = gated(g, y_tile.to(ACC), ACTIVATION)
     return g
 
@@ -291,10 +383,12 @@ def reduce_kernel(
     dy, x, w, b, mean, rstd_or_var, y, dresidual, sums, dots, R, C, N, TILES, TILES_PER_PROGRAM,
     stride_gr, stride_gb, stride_gn, stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, TRAINING: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, item=None,
 ):  # fmt: skip
-    """Sums of g and g (x - mean) for one slice: row program_id(1) of sums and dots (slices, C); and g, if wanted."""
-    block, part = tl.program_id(0), tl.program_id(1)
+    """Sums of g and g (x - mean) for one slice: row `part` of sums and dots (slices, C); and g, if wanted."""
+    block, part = (tl.program_id(0), tl.program_id(1)) if item is None else item
+    KEEP: tl.constexpr = "" if item is None else "evict_last"
+    HINT: tl.constexpr = KEEP if item is None or dresidual is None else "evict_first"  # of dy, y: dresidual is read again
     channel = channels_of(block, BLOCK_N, RUNS)
     valid = channel < C
     mean_values = of_channel(mean, channel, C, 0.0, ACC)
@@ -308,14 +402,15 @@ def reduce_kernel(
     first = part * TILES_PER_PROGRAM
     for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
         row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
-        x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0).to(ACC)
+        to_x = row * stride_xr * VEC + column * stride_xn
+        x_tile = tl.load(x + to_x, mask=inside, other=0.0, eviction_policy=KEEP).to(ACC)
         to_dy, to_y = row * stride_gr * VEC + column * stride_gn, y_base + row * stride_yr * VEC + column * stride_yn
         g = masked_gradient(
             dy + to_dy, None if y is None else y + to_y, x_tile, mean_values, scale, bias, inside,
-            ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC,
+            ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC, HINT,
         )  # fmt: skip
         if dresidual is not None:
-            tl.store(dresidual + to_y, g.to(dresidual.dtype.element_ty), mask=inside)
+            tl.store(dresidual + to_y, g.to(dresidual.dtype.element_ty), mask=inside, eviction_policy=KEEP)
         sum1 += g  # 0 outside of the tensor
         sum2 += g * (x_tile - mean_values[None, :])
     partial = part.to(tl.int64) * C + channel
@@ -329,9 +424,11 @@ def gradient_kernel(
     stride_gr, stride_gb, stride_gn, stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, TRAINING: tl.constexpr, PROJECT: tl.constexpr,
     MERGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    item=None,
 ):  # fmt: skip
     """dx for one slice, if wanted; the first slice's program also writes dw and db."""
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part = (tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)) if item is None else item
+    DROP: tl.constexpr = "" if item is None else "evict_first"
     channel = channels_of(block, BLOCK_N, RUNS)
     valid = channel < C
     mean_values = of_channel(mean, channel, C, 0.0, ACC)
@@ -352,20 +449,53 @@ def gradient_kernel(
         dy += block.to(tl.int64) * stride_gb * VEC
         x += block.to(tl.int64) * stride_xb * VEC
         y_base = block.to(tl.int64) * stride_yb * VEC
-        first = (tl.num_programs(1) - 1 - part) * TILES_PER_PROGRAM
+        first = part * TILES_PER_PROGRAM
         for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
             row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
             x_tile = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
             if PROJECT or RECOMPUTE:
-                x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0).to(ACC)
+                to_x = row * stride_xr * VEC + column * stride_xn
+                x_tile = tl.load(x + to_x, mask=inside, other=0.0, eviction_policy=DROP).to(ACC)
             to_dy, to_y = row * stride_gr * VEC + column * stride_gn, y_base + row * stride_yr * VEC + column * stride_yn
             g = masked_gradient(
                 dy + to_dy, None if y is None else y + to_y, x_tile, mean_values, scale, bias, inside,
-                ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC,
+                ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC, DROP,
             )  # fmt: skip
             if PROJECT:
                 g = g - of_mean[None, :] - (x_tile - mean_values[None, :]) * of_rstd[None, :]
-            tl.store(dx + to_y, (g * scale[None, :]).to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx + to_y, (g * scale[None, :]).to(dx.dtype.element_ty), mask=inside, eviction_policy=DROP)
+
+
+@triton.jit
+def backward_kernel(
+    tickets, dy, x, w, b, mean, rstd, y, dresidual, sums, dots, total, total_dot, dx, dw, db,
+    BLOCKS, PARTS, GROUP, R, C, N, TILES, TILES_PER_PROGRAM, count,
+    stride_gr, stride_gb, stride_gn, stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
+    LAG: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, MERGE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """reduce_kernel and gradient_kernel in one launch, in training: one slice of one of them, by ticket."""
+    GIVEN: tl.constexpr = dresidual is not None  # it is the masked gradient
+    second, block, part = draw(tickets, BLOCKS, PARTS, GROUP, LAG)
+    if block < BLOCKS:
+        if second:
+            wait_for_sums(tickets + 1 + block, PARTS)
+            gradient_kernel(
+                dresidual if GIVEN else dy, x, w, b, mean, rstd, y, total, total_dot, dx, dw, db, count,
+                R, C, N, 1, TILES, TILES_PER_PROGRAM,
+                stride_yr if GIVEN else stride_gr, stride_yb if GIVEN else stride_gb, stride_yn if GIVEN else stride_gn,
+                stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
+                EPS, None if GIVEN else ACTIVATION, False if GIVEN else RECOMPUTE, True, True,
+                1, BLOCK_R, BLOCK_N, RUNS, VEC, ACC, (block, part),
+            )  # fmt: skip
+        else:
+            reduce_kernel(
+                dy, x, w, b, mean, rstd, y, dresidual, sums, dots, R, C, N, TILES, TILES_PER_PROGRAM,
+                stride_gr, stride_gb, stride_gn, stride_xr, stride_xb, stride_xn, stride_yr, stride_yb, stride_yn,
+                EPS, ACTIVATION, RECOMPUTE, True, BLOCK_R, BLOCK_N, RUNS, VEC, ACC, (block, part),
+            )  # fmt: skip
+            channel = channels_of(block, BLOCK_N, RUNS)
+            add_up_once_complete(tickets + 1 + block, sums, dots, total, total_dot, channel, C, PARTS, MERGE)
 
 
 class View(NamedTuple):
@@ -426,21 +556,28 @@ class Tiling:
 
     def __init__(
         self, choice: config.Choice, device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...],
-        *others: tuple[int, ...] | None,
+        *others: tuple[int, ...] | None, twice: int = 0,
     ) -> None:  # fmt: skip
-        """shape, stride: of x; others: strides of inputs of x's shape. Outputs are laid out as empty_like(x)."""
+        """shape, stride: of x; others: strides of inputs of x's shape. Outputs are laid out as empty_like(x).
+
+        twice: of two passes that may be one launch, how many tensors of x's size both read.
+        """
         self.layout = torch.empty_like(meta(shape, stride)).stride()
         walk = Walk.of(shape, self.layout, stride, *others)
         self.view, self.strides, self.copied = walk.view, walk.strides, walk.copied
         view = self.view
         runs = view.S > 1
 
-        chosen, target = choice(device, dtype, view.R, view.C, view.S), config.target_of(device)
+        chosen, target = dict(choice(device, dtype, view.R, view.C, view.S)), config.target_of(device)
+        ticket = chosen.pop("TICKET", 0)
+        self.ticket = ticket if twice else 0
         self.blocks = view.C if runs else cdiv(view.C, chosen["BLOCK_N"])
         tiles = cdiv(view.R, chosen["BLOCK_R"]) * (cdiv(view.S, chosen["BLOCK_N"]) if runs else 1)
         wanted = cdiv(RESIDENT * target.sms, self.blocks)
         least = 1 if target.interpreted else TILES
-        per_program = cdiv(tiles, max(1, min(wanted, tiles // least)))
+        per_program = self.ticket or cdiv(tiles, max(1, min(wanted, tiles // least)))
+        if self.ticket:
+            self.group = min(self.blocks, max(1, _slab(target) * self.blocks // (math.prod(shape) * dtype.itemsize * twice)))
         self.parts = cdiv(tiles, per_program)
         self.sizes = view.R, view.C, (view.S if runs else view.C) // walk.vec
         self.tiles = tiles, per_program
@@ -457,6 +594,21 @@ class Tiling:
     def prepared(self, kernel: Any, *numbers: Any, parts: int | None = None, **constants: Any) -> Prepared:
         grid = self.blocks, self.parts if parts is None else parts
         return Prepared(kernel, grid, *numbers, **self.constants, **constants)
+
+    def prepared_both(self, kernel: Any, *numbers: Any, **constants: Any) -> Prepared:
+        """Both passes in one launch, a program for each slice of each."""
+        grid = (2 * cdiv(self.blocks, self.group) * self.group * self.parts,)
+        common = self.blocks, self.parts, self.group, *self.sizes, *self.tiles
+        return Prepared(kernel, grid, *common, *numbers, LAG=LAG, MERGE=self.merge, **self.constants, **constants)
+
+    def tickets(self, like: Tensor) -> Tensor:
+        """The next ticket, and the slices of each block that have their sums."""
+        return like.new_zeros(1 + self.blocks, dtype=torch.int32)
+
+    def totals(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for two sums per channel."""
+        first = like.new_empty(self.view.C, dtype=torch.float64)
+        return first, torch.empty_like(first)
 
     def inputs(self, *tensors: Tensor | None) -> Sequence[Any]:
         """x and the others, those copied that kernels cannot walk."""
@@ -512,18 +664,22 @@ def batch_norm(
             num_batches_tracked.add_(1)
         return y, x.new_zeros(x.shape[1], dtype=_wide(x)), x.new_zeros(x.shape[1], dtype=_wide(x))
     tiling, reduce, normalise = _forward_plan(
-        x.device, x.dtype, x.shape, x.stride(), _stride(residual), _stride(running_mean), _stride(running_var), eps, activation
-    )
+        x.device, x.dtype, x.shape, x.stride(), _stride(residual), _stride(running_mean), _stride(running_var),
+        eps, activation, 1,
+    )  # fmt: skip
     mean = x.new_empty(x.shape[1], dtype=_wide(x))
     rstd, shift = torch.empty_like(mean), torch.empty_like(mean)
     sums, squares = tiling.partials(x)
     x, residual = tiling.inputs(x, residual)
+    tensors = x, _vector(weight), _vector(bias), residual, y, mean, rstd
+    state = running_mean, running_var, num_batches_tracked if momentum is None else None, *_in_two(momentum or 0.0)
+    if tiling.ticket:
+        totals = tiling.totals(x)
+        normalise(tiling.tickets(x), sums, squares, num_batches_tracked, *tensors, *totals, shift, *state)
+        return y, mean, rstd
     reduce(x, sums, squares, shift, num_batches_tracked)
     sums, squares = tiling.collapsed(sums, squares)
-    normalise(
-        x, _vector(weight), _vector(bias), residual, y, mean, rstd, sums, squares, shift, running_mean, running_var,
-        num_batches_tracked if momentum is None else None, *_in_two(momentum or 0.0),
-    )  # fmt: skip
+    normalise(*tensors, sums, squares, shift, *state)
     return y, mean, rstd
 
 
@@ -534,13 +690,16 @@ def _stride(t: Tensor | None) -> tuple[int, ...] | None:
 @config.plan
 def _forward_plan(
     device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], of_residual: tuple[int, ...] | None,
-    of_mean: tuple[int, ...] | None, of_var: tuple[int, ...] | None, eps: float, activation: str | None,
+    of_mean: tuple[int, ...] | None, of_var: tuple[int, ...] | None, eps: float, activation: str | None, twice: int,
 ) -> tuple[Tiling, Prepared, Prepared]:  # fmt: skip
-    tiling = tiled(forward_config, device, dtype, shape, stride, of_residual)
+    """statistics_kernel and normalise_kernel; the second is forward_kernel where that does both's work."""
+    tiling = tiled(forward_config, device, dtype, shape, stride, of_residual, twice=twice)
+    strides = [*tiling.strides, *(0 if of_vector is None else of_vector[0] for of_vector in (of_mean, of_var))]
     reduce = tiling.prepared(statistics_kernel, *tiling.sizes, *tiling.tiles, *tiling.strides[:3], SAMPLES=SAMPLES)
+    if tiling.ticket:
+        return tiling, reduce, tiling.prepared_both(forward_kernel, *strides, SAMPLES=SAMPLES, EPS=eps, ACTIVATION=activation)
     normalise = tiling.prepared(
-        normalise_kernel, *tiling.sizes, tiling.merged, *tiling.tiles, *tiling.strides,
-        *(0 if of_vector is None else of_vector[0] for of_vector in (of_mean, of_var)),
+        normalise_kernel, *tiling.sizes, tiling.merged, *tiling.tiles, *strides,
         EPS=eps, ACTIVATION=activation, TRAINING=True, MERGE=tiling.merge,
     )  # fmt: skip
     return tiling, reduce, normalise
@@ -550,7 +709,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations per channel, in float64; zeros of an empty tensor."""
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
-    tiling, reduce, _ = _forward_plan(x.device, x.dtype, x.shape, x.stride(), None, None, None, 0.0, None)
+    tiling, reduce, _ = _forward_plan(x.device, x.dtype, x.shape, x.stride(), None, None, None, 0.0, None, 0)
     sums, squares = tiling.partials(x)
     shift = x.new_empty(x.shape[1], dtype=_wide(x))
     reduce(tiling.inputs(x, None)[0], sums, squares, shift, None)
@@ -604,6 +763,9 @@ def batch_norm_backward(
     x, g = tiling.inputs(x, dy)
     vectors = _vector(weight), _vector(bias), _vector(mean), _vector(rstd_or_var)
     y = None if y is None or recompute else tiling.laid_out(y)  # it shares the strides of the outputs
+    if tiling.ticket and gradient is not None:
+        gradient(tiling.tickets(x), g, x, *vectors, y, dresidual, sums, dots, *tiling.totals(x), dx, dw, db)
+        return dx, dw, db, dresidual
     if reduce is not None:
         reduce(g, x, *vectors, y, dresidual, sums, dots)
         sums, dots = tiling.collapsed(sums, dots)
@@ -617,21 +779,25 @@ def _backward_plan(
     device: torch.device, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], of_dy: tuple[int, ...],
     training: bool, eps: float, activation: str | None, recompute: bool, mask: tuple[bool, ...],
 ) -> tuple[Tiling, Prepared | None, Prepared | None]:  # fmt: skip
-    """reduce_kernel and gradient_kernel, where they are wanted."""
-    tiling = tiled(backward_config, device, dtype, shape, stride, of_dy)
-    strides = _of_backward(tiling)
+    """reduce_kernel and gradient_kernel, where they are wanted; the second is backward_kernel where that does both's work."""
+    twice = 2 + (activation is not None and not recompute and not mask[3]) if training and mask[0] else 0
+    tiling = tiled(backward_config, device, dtype, shape, stride, of_dy, twice=twice)
+    strides, count = _of_backward(tiling), math.prod(shape) // shape[1]
     constants = {"EPS": eps, "TRAINING": training}
     reduce = gradient = None
     if training or any(mask[1:]):
         reduce = tiling.prepared(
             reduce_kernel, *tiling.sizes, *tiling.tiles, *strides, ACTIVATION=activation, RECOMPUTE=recompute, **constants
         )
+    if tiling.ticket:
+        both = tiling.prepared_both(backward_kernel, count, *strides, EPS=eps, ACTIVATION=activation, RECOMPUTE=recompute)
+        return tiling, reduce, both
     if mask[3]:  # gradient_kernel is given the masked gradient
         strides, activation, recompute = [*strides[6:], *strides[3:]], None, False
     if any(mask[:3]):
         parts = 0 if reduce is None else tiling.merged
         gradient = tiling.prepared(
-            gradient_kernel, math.prod(shape) // shape[1], *tiling.sizes, parts, *tiling.tiles, *strides,
+            gradient_kernel, count, *tiling.sizes, parts, *tiling.tiles, *strides,
             ACTIVATION=activation, RECOMPUTE=recompute, PROJECT=training, MERGE=tiling.merge,
             parts=None if mask[0] else 1, **constants,
         )  # fmt: skip
@@ -675,5 +841,7 @@ def explain(name: str, *args: Any) -> str:
     view = View.of(x.shape, torch.empty_like(x, device="meta").stride())
     sizes = view.R, view.C, view.S
     choice = backward_config if name == "batch_norm_backward" else forward_config
-    chosen = config.written(choice(x.device, x.dtype, *sizes))
-    return f"{kernels[name]}, {chosen}, {choice.source(x.device, x.dtype, *sizes)}"
+    chosen = choice(x.device, x.dtype, *sizes)
+    if "TICKET" in chosen:
+        kernels |= {"batch_norm": "forward_kernel", "batch_norm_backward": "backward_kernel"}
+    return f"{kernels[name]}, {config.written(chosen)}, {choice.source(x.device, x.dtype, *sizes)}"

@@ -33,6 +33,7 @@ class Target:
     sms: int  # streaming multiprocessors (compute units)
     shared: int  # bytes of shared memory a block may use
     warp: int  # lanes of a warp
+    l2: int  # bytes of L2 cache; 0 for AMD's, of which nothing makes use
     name: str  # the device's, keys the measured tables
 
     @property
@@ -44,22 +45,23 @@ class Target:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= capability
 
 
-_KB = 1024
+_KB, _MB = 1 << 10, 1 << 20
 # Shared memory per block: CUDA programming guide, table of compute capabilities; CDNA and RDNA ISA documents (LDS).
+# L2: NVIDIA's architecture white papers.
 TARGETS: dict[str, Target] = {
     **{
-        f"sm_{arch}": Target("cuda", arch, sms, shared * _KB, 32, name)
-        for arch, sms, shared, name in (
-            (80, 108, 163, "A100"),
-            (86, 84, 99, "RTX 3090"),
-            (89, 128, 99, "RTX 4090"),
-            (90, 132, 227, "H100"),
-            (100, 148, 227, "B200"),
-            (120, 170, 99, "RTX 5090"),
+        f"sm_{arch}": Target("cuda", arch, sms, shared * _KB, 32, l2 * _MB, name)
+        for arch, sms, shared, l2, name in (
+            (80, 108, 163, 40, "A100"),
+            (86, 84, 99, 6, "RTX 3090"),
+            (89, 128, 99, 72, "RTX 4090"),
+            (90, 132, 227, 50, "H100"),
+            (100, 148, 227, 126, "B200"),
+            (120, 170, 99, 96, "RTX 5090"),
         )
     },
     **{
-        arch: Target("hip", arch, cus, lds * _KB, 64 if arch.startswith("gfx9") else 32, name)
+        arch: Target("hip", arch, cus, lds * _KB, 64 if arch.startswith("gfx9") else 32, 0, name)
         for arch, cus, lds, name in (
             ("gfx90a", 104, 64, "MI250"),
             ("gfx942", 304, 64, "MI300X"),
@@ -69,7 +71,7 @@ TARGETS: dict[str, Target] = {
         )
     },
 }
-INTERPRETER = Target("interpreter", 0, 4, 1 << 30, 32, "interpreter")
+INTERPRETER = Target("interpreter", 0, 4, 1 << 30, 32, 8 * _KB, "interpreter")
 
 _assumed: Target | None = None
 
@@ -99,10 +101,11 @@ def _target_of_gpu(index: int) -> Target:
     if torch.version.hip is not None:
         arch = properties.gcnArchName.partition(":")[0]
         known = TARGETS.get(arch, TARGETS["gfx942"])
-        return Target("hip", arch, properties.multi_processor_count, known.shared, known.warp, properties.name)
+        return Target("hip", arch, properties.multi_processor_count, known.shared, known.warp, 0, properties.name)
     shared = properties.shared_memory_per_block_optin
     capability = 10 * properties.major + properties.minor
-    return Target("cuda", capability, properties.multi_processor_count, shared, 32, properties.name)
+    l2 = properties.L2_cache_size
+    return Target("cuda", capability, properties.multi_processor_count, shared, 32, l2, properties.name)
 
 
 _plans: list[Any] = []

@@ -157,7 +157,10 @@ _compiled: dict[tuple[_Variant | None, int, tuple[Any, ...] | None], _Compiled] 
 
 
 def _variant(kernel: Any, numbers: tuple[Any, ...], options: dict[str, Any]) -> _Variant | None:
-    """None where the keys here would not tell two launches apart."""
+    """None where the keys here would not tell two launches apart.
+
+    A parameter behind the constants that is None by default is for kernels that call this one.
+    """
     kinds, values = _kinds(numbers), tuple(options.values())
     if kinds is None or not isinstance(kernel, JITFunction) or kernel.pre_run_hooks:
         return None
@@ -165,9 +168,9 @@ def _variant(kernel: Any, numbers: tuple[Any, ...], options: dict[str, Any]) -> 
     found = _variants.get(key)
     if found is None:
         constants = list(itertools.dropwhile(lambda p: not p.is_constexpr, kernel.params))
-        if not all(p.is_constexpr and p.name in options for p in constants):
+        if not all(p.name in options if p.is_constexpr else p.has_default and p.default is None for p in constants):
             return None
-        found = _variants[key] = _Variant(kernel, tuple(options[p.name] for p in constants))
+        found = _variants[key] = _Variant(kernel, tuple(options.get(p.name) for p in constants))
     return found
 
 

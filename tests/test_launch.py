@@ -21,7 +21,7 @@ from dlaccel.bench.case import families, implementation
 
 
 @triton.jit
-def scale_kernel(x, y, maybe, factor, n, stride, FLAG: tl.constexpr, BLOCK: tl.constexpr):
+def scale_kernel(x, y, maybe, factor, n, stride, FLAG: tl.constexpr, BLOCK: tl.constexpr, of_a_caller=None):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + i * stride, mask=i < n, other=0.0) * factor
     if maybe is not None:

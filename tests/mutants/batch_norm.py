@@ -9,6 +9,7 @@ OPTIONS = (f"{FILE} -k 'options and triton'",)
 COTANGENTS = (f"{FILE} -k 'cotangents and triton'",)
 STATE = (f"{FILE} -k 'keep_torch_s_state and triton and float32'",)
 TORCH = (f"{FILE} -k 'not triton and not compile and not conformance and not wide_loads'",)
+ONE_LAUNCH = ("tests/test_batch_norm_one_launch.py",)
 SECOND = ("tests/test_contract.py -k 'gradgradcheck and batch_norm and torch'",)
 TESTS = (FILE,)
 
@@ -69,8 +70,8 @@ MUTANTS = [
     Mutant(
         "mask before rounding",
         KERNELS,
-        "affine(x_tile, mean, scale, bias).to(OUT) if RECOMPUTE",
-        "affine(x_tile, mean, scale, bias) if RECOMPUTE",
+        "affine(x_tile, mean, scale, bias).to(OUT)",
+        "affine(x_tile, mean, scale, bias)",
         (f"{FILE} -k 'after_rounding and triton'",),
     ),
     Mutant(
@@ -102,6 +103,42 @@ MUTANTS = [
         OPTIONS,
     ),
     Mutant("dx without the mean's part", KERNELS, "g = g - of_mean[None, :] - (x_tile", "g = g - (x_tile", SHAPES),
+    Mutant(
+        "one launch: a slice counts before its sums are stored",
+        KERNELS,
+        "    tl.debug_barrier()  # all threads have stored before one of them counts\n",
+        "",
+        ONE_LAUNCH,
+    ),
+    Mutant(
+        "one launch: the last slice is not added up",
+        KERNELS,
+        "merged(first, channel, C, PARTS, MERGE)",
+        "merged(first, channel, C, PARTS - 1, MERGE)",
+        ONE_LAUNCH,
+    ),
+    Mutant(
+        "one launch: the second pass does not acquire the sums",
+        KERNELS,
+        'sem="acquire") <= PARTS',
+        'sem="relaxed") <= PARTS',
+        ONE_LAUNCH,
+    ),
+    Mutant(
+        "one launch: slices of all blocks count as one",
+        KERNELS,
+        "arrived = tickets + 1 + block",
+        "arrived = tickets + 1",
+        ONE_LAUNCH,
+    ),
+    Mutant(
+        "one launch: the second pass a group too early",
+        KERNELS,
+        "(step + 1 - LAG, 0)",
+        "(step + 2 - LAG, 0)",
+        (f"{ONE_LAUNCH[0]} -k drawn_before",),
+    ),
+    Mutant("one launch: the tickets start anywhere", KERNELS, "new_zeros(1 +", "new_empty(1 +", ONE_LAUNCH),
     Mutant("fallback: sums of squares whatever the mean", FALLBACK, "NEAR, FAR = 2.0, 5.0", "NEAR, FAR = 1e9, 1e9", TORCH),
     Mutant(
         "fallback: the variance of the samples' means is lost",
