@@ -224,5 +224,7 @@ def explain(name: str, x: Tensor, *args: Any) -> str:
     plan = _prepared(x, *args)
     source = forward_config.source(x.device, x.dtype, *plan.sizes)
     if plan.start is None:
-        return f"depthwise_forward_kernel, then the vendor library's 1x1 convolution, {source}"
+        depthwise_weight, depthwise_bias, _, _, *geometry, _ = args
+        first = depthwise_conv.explain("depthwise_conv2d", x, depthwise_weight, depthwise_bias, *geometry)
+        return f"{first}, then the vendor library's 1x1 convolution, {source}"
     return f"separable_forward_kernel, {config.written(forward_config(x.device, x.dtype, *plan.sizes))}, {source}"

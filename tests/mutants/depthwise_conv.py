@@ -35,8 +35,8 @@ MUTANTS = [
     Mutant(
         "stride of y taken from x",
         KERNELS,
-        "line = y + offset(n, stride_yn, VEC)",
-        "line = y + offset(n, stride_xn, VEC)",
+        "line = y + offset(n, stride_yn, VEC) + offset(o, stride_yc) ",
+        "line = y + offset(n, stride_xn, VEC) + offset(o, stride_yc) ",
     ),
     Mutant(
         "filters of a channel not next to each other",
@@ -62,7 +62,7 @@ MUTANTS = [
         "tl.minimum((split + 1) * steps_per_split, steps), num_stages=1)",
         "tl.minimum((split + 1) * steps_per_split, steps - 1), num_stages=1)",
     ),
-    Mutant("stride of the bias ignored", KERNELS, "tl.load(b + offset(o, stride_b)", "tl.load(b + o"),
+    Mutant("stride of the bias ignored", KERNELS, "tl.load(b + offset(o, stride_b), mask=w_", "tl.load(b + o, mask=w_"),
     Mutant("strides stay divided", KERNELS, "index.to(tl.int64) * stride * VEC", "index.to(tl.int64) * stride"),
     Mutant("channels stay divided in the weight gradient", KERNELS, "    channels *= VEC\n    CHANNELS", "    CHANNELS"),
     Mutant(
@@ -109,5 +109,24 @@ MUTANTS = [
         OPS,
         "totals[1] // 2, totals[1] - totals[1] // 2]",
         "totals[1] - totals[1] // 2, totals[1] // 2]",
+    ),
+    Mutant("planes: columns of a lane in another order", KERNELS, "return (c0, c1, c2, c3)", "return (c0, c2, c1, c3)"),
+    Mutant("planes: the next row read as padding", KERNELS, "mask=mask & (block < width)", "mask=mask"),
+    Mutant(
+        "planes: the row before read as padding", KERNELS, "mask & (column >= 0) & (column < width)", "mask & (column < width)"
+    ),
+    Mutant("planes: filter not flipped across", KERNELS, "(KW - 1 - i % KW if FLIP else i % KW)", "(i % KW)"),
+    Mutant("planes: stride of y taken from x", KERNELS, "+ offset(o, stride_yc, VEC)", "+ offset(o, stride_xc, VEC)"),
+    Mutant(
+        "planes: stride of the bias ignored",
+        KERNELS,
+        "tl.load(b + offset(o, stride_b), mask=exists",
+        "tl.load(b + o, mask=exists",
+    ),
+    Mutant(
+        "planes: filters of a channel not neighbours",
+        KERNELS,
+        "offset(o // MULTIPLIER, stride_xc, VEC)",
+        "offset(o, stride_xc, VEC)",
     ),
 ]
