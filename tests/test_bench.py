@@ -465,7 +465,7 @@ def test_ctrl_c_in_a_run(tmp_path: Path) -> None:
     while time.monotonic() < end and not ((out / "bench.jsonl").exists() and (out / "bench.jsonl").stat().st_size):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the worker too
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]  # the call of aten that runs is not cut off, and may be a large product
     assert process.returncode == cli.INTERRUPTED, said
     assert "interrupted; what was measured is in" in said and "Traceback" not in said
     rows, problems = results.read(out / "bench.jsonl")

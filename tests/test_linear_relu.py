@@ -144,7 +144,7 @@ def hopper() -> Any:
         def at_least(self, capability: int) -> bool:
             return capability <= 90
 
-    return config.assume(InterpretedHopper("interpreter", 90, 4, 1 << 30, 32, "interpreter"))
+    return config.assume(InterpretedHopper("interpreter", 90, 4, 1 << 30, 32, 0, "interpreter"))
 
 
 @needs_interpreter

@@ -131,8 +131,12 @@ CALLS: list[tuple[str, Any, set[str]]] = [  # op, case or arguments, the choices
     ("cross_entropy", (LOGITS, LOGITS.softmax(1)), {"cross_entropy.prob", "cross_entropy.backward"}),
     ("cross_entropy", "probabilities, images, none", {"cross_entropy.prob", "cross_entropy.tile"}),
     *(
-        ("depthwise_conv2d", sample, {f"depthwise_conv.{of}" for of in ("forward", "dgrad", "wgrad")})
-        for sample in ("bias", "1x9", "4x5 channels_last")
+        ("depthwise_conv2d", sample, {f"depthwise_conv.{of}" for of in choices})
+        for sample, choices in (
+            ("bias", ("planes", "wgrad")),
+            ("1x9", ("planes", "dgrad", "wgrad")),
+            ("4x5 channels_last", ("forward", "dgrad", "wgrad")),
+        )
     ),
 ]
 
