@@ -211,9 +211,14 @@ class Workers:
     def __call__(self, job: Job) -> Iterator[dict[str, Any]]:
         process, log = self._process(job)
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(self.timeout, process.kill)
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(self.timeout, kill)
         timer.start()
-        begin = time.monotonic()
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended already: its code says why
                 process.stdin.write(job.to_json())
@@ -224,10 +229,9 @@ class Workers:
             if code := process.wait():
                 log.seek(0)
                 last = [line for line in log.read().splitlines() if line.strip()][-1:] or [""]
-                late = time.monotonic() - begin >= self.timeout
                 how = (
                     f"no answer within {self.timeout:.0f} s"
-                    if late
+                    if late.is_set()
                     else f"the process ended with {code}: {last[0].strip()[:300]}"
                 )
                 raise RuntimeError(how)
