@@ -581,8 +581,7 @@ class Tiling:
         self.parts = cdiv(tiles, per_program)
         self.sizes = view.R, view.C, (view.S if runs else view.C) // walk.vec
         self.tiles = tiles, per_program
-        acc = tl.float64 if dtype == torch.float64 else tl.float32
-        self.constants: dict[str, Any] = {"RUNS": runs, "VEC": walk.vec, "ACC": acc, **chosen}
+        self.constants: dict[str, Any] = {"RUNS": runs, "VEC": walk.vec, "ACC": config.accumulator(dtype), **chosen}
         self.merge = 64 if runs else 16
         self.merged, self._collapse = self.parts, None
         if self.parts > DIRECT:
@@ -843,5 +842,7 @@ def explain(name: str, *args: Any) -> str:
     choice = backward_config if name == "batch_norm_backward" else forward_config
     chosen = choice(x.device, x.dtype, *sizes)
     if "TICKET" in chosen:
-        kernels |= {"batch_norm": "forward_kernel", "batch_norm_backward": "backward_kernel"}
+        kernels["batch_norm"] = "forward_kernel"
+        if name == "batch_norm_backward" and args[7] and args[-1][0]:  # training, and dx is wanted
+            kernels["batch_norm_backward"] = "backward_kernel"
     return f"{kernels[name]}, {config.written(chosen)}, {choice.source(x.device, x.dtype, *sizes)}"

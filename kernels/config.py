@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+import triton.language as tl
 
 from . import measured
 from .launch import INTERPRET
@@ -129,6 +130,11 @@ def meta(shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
 def _forget_plans() -> None:
     for kept in _plans:
         kept.cache_clear()
+
+
+def accumulator(*dtypes: torch.dtype) -> Any:
+    """What kernels compute in: float32, or float64 (in the interpreter only) where a tensor has it."""
+    return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 class Choice:

@@ -559,10 +559,6 @@ def _wide(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _accumulator(*dtypes: torch.dtype) -> Any:
-    return tl.float64 if torch.float64 in dtypes else tl.float32
-
-
 def _written(dx: Tensor, planes: Tensor) -> Tensor:
     """dx, once the kernel has filled its planes: where they could not be a view, a contiguous copy was filled."""
     if planes.data_ptr() != dx.data_ptr():
@@ -601,7 +597,7 @@ def _sum(partial: Tensor, loss: Tensor, divisor: Tensor, mean: bool) -> None:
 @config.plan
 def _sum_plan(dtype: torch.dtype, P: int, mean: bool) -> tuple[Prepared, int]:
     programs = max(cdiv(P, SUM_BLOCK), 1)
-    constants = {"BLOCK": SUM_BLOCK, "LAST": programs == 1, "DIVIDE": mean, "ACC": _accumulator(dtype)}
+    constants = {"BLOCK": SUM_BLOCK, "LAST": programs == 1, "DIVIDE": mean, "ACC": config.accumulator(dtype)}
     return Prepared(sum_kernel, (programs,), P, **constants), programs
 
 
@@ -617,7 +613,7 @@ def _divisor(target: Tensor, weight: Tensor | None, C: int, ignore_index: int, d
 @config.plan
 def _divisor_plan(dtype: torch.dtype, has_weight: bool, C: int, R: int, ignore_index: int) -> tuple[Prepared, int]:
     programs = cdiv(R, DIVISOR_BLOCK)
-    constants = {"BLOCK": DIVISOR_BLOCK, "HAS_WEIGHT": has_weight, "ACC": _accumulator(dtype)}
+    constants = {"BLOCK": DIVISOR_BLOCK, "HAS_WEIGHT": has_weight, "ACC": config.accumulator(dtype)}
     return Prepared(divisor_kernel, (programs,), C, R, ignore_index, **constants), programs
 
 
@@ -695,7 +691,7 @@ def _forward_plan(
     divide = gradient and _gradient_reduction(dtype, reduction) == MEAN
     whole = gradient or C <= WHOLE
     chosen = tile_config(device, dtype, C, whole, along_classes)
-    constants = {"HAS_WEIGHT": has_weight, "EPS": eps, "ACC": _accumulator(dtype)}
+    constants = {"HAS_WEIGHT": has_weight, "EPS": eps, "ACC": config.accumulator(dtype)}
     slices, parts = None, (0, 0, 0)
     if not whole and along_classes and N == 1:
         sliced = slices_config(device, dtype, rows, C)
@@ -759,7 +755,7 @@ def _backward_plan(
     return Prepared(
         cross_entropy_backward_kernel, (N * blocks, splits),
         classes, positions, stride_dy, *strides, N * L, blocks, ignore_index,
-        **align, WHOLE=whole, HAS_WEIGHT=has_weight, EPS=eps, DIVIDE=reduction == MEAN, ACC=_accumulator(dtype), **chosen,
+        **align, WHOLE=whole, HAS_WEIGHT=has_weight, EPS=eps, DIVIDE=reduction == MEAN, ACC=config.accumulator(dtype), **chosen,
     ), whole, views  # fmt: skip
 
 
@@ -804,7 +800,7 @@ def _prob_plan(
     return Prepared(
         cross_entropy_prob_kernel, (N * blocks,), *sizes, N * L, blocks,
         **align, HAS_WEIGHT=len(dtypes) == 3, EPS=eps, REDUCE=reduction != NONE, SAVE=save == STATISTICS,
-        ACC=_accumulator(*dtypes), **chosen,
+        ACC=config.accumulator(*dtypes), **chosen,
     ), N * L, N * blocks, views  # fmt: skip
 
 
@@ -853,7 +849,7 @@ def _prob_backward_plan(
         cross_entropy_prob_backward_kernel, (N * blocks, splits),
         classes, positions, stride_dy, *strides, N * L, blocks,
         **align, WHOLE=whole, HAS_WEIGHT=len(dtypes) == 3, EPS=eps, DIVIDE=reduction == MEAN,
-        WANT_DX=want_dx, WANT_DQ=want_dq, ACC=_accumulator(*dtypes), **chosen,
+        WANT_DX=want_dx, WANT_DQ=want_dq, ACC=config.accumulator(*dtypes), **chosen,
     ), whole, views  # fmt: skip
 
 

@@ -15,10 +15,11 @@ and the tile slides along W. In contiguous tensors the lanes are columns, the ro
 along H. So the kernels know two spatial axes only by their role: `a`, across, which the tile covers, and `s`, along which it
 slides.
 
-Contiguous tensors whose rows lie in memory without gaps have a kernel of their own for the forward and, where the stride is 1,
-for dgrad, which then is the forward with flipped weights. There a lane owns V neighbouring columns: it reads them in one piece,
-and the V + KW - 1 columns that its results need stay in registers for all taps across. With lanes of one column every row is
-read KW times, two bytes at a time: 76 instructions a result in bfloat16 on sm_90 at 3x3 instead of 25.
+Contiguous results of images whose columns are neighbours in memory come from `depthwise_planes_kernel`: the forward
+and, where the stride is 1, dgrad, which then is the forward with flipped weights. There a lane owns V neighbouring
+columns: it reads them in one piece, and the V + KW - 1 columns that its results need stay in registers for all taps
+across. With lanes of one column every row is read KW times, two bytes at a time: 67 instructions a result in bfloat16
+on sm_90 at 3x3 instead of 19.
 
 Taps along `s` are unrolled, lines of taps along `a` are a loop. That loop must not be pipelined (num_stages=1): every tap's
 load would get a buffer in shared memory. Kernels without reuse along `s` (long, or dilated by more than a tile) run with
@@ -61,6 +62,7 @@ Layout = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 
 UNROLLED_TAPS = 9  # longer filters loop over their taps
 ACCUMULATORS = 49  # taps of one wgrad program
+UNROLLED_PLANE_TAPS = 49  # of a whole filter, in depthwise_planes_kernel
 WAVES = 4  # wgrad programs per multiprocessor
 HALO = 8  # columns and rows beyond its own that a tile of planes reads at most
 
@@ -71,7 +73,7 @@ def _slides(size: int, most: int) -> int:
 
 
 def _most(channels: int) -> int:
-    """The same in channels_last at most: without wide loads every element's address takes registers."""
+    """Results along `s` in channels_last, at most: without wide loads every element's address takes registers."""
     return 7 if channels % 8 == 0 else 4
 
 
@@ -226,7 +228,7 @@ def forward_line(
 
 @triton.jit
 def depthwise_forward_kernel(
-    x, w, b, y, images, channels, x_across, x_along, across, along,
+    x, w, y, b, images, channels, x_across, x_along, across, along,
     stride_xn, stride_xc, stride_xa, stride_xs, stride_yn, stride_yc, stride_ya, stride_ys,
     stride_wc, stride_wa, stride_ws, stride_b,
     KA: tl.constexpr, KS: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_S: tl.constexpr,
@@ -320,7 +322,7 @@ def add_taps(z, line, taps, column: tl.constexpr, kh: tl.constexpr, KW: tl.const
 
 @triton.jit
 def depthwise_planes_kernel(
-    x, w, b, y, images, channels, x_height, x_width, height, width,
+    x, w, y, b, images, channels, x_height, x_width, height, width,
     stride_xn, stride_xc, stride_xh, stride_yn, stride_yc, stride_yh, stride_wc, stride_wh, stride_ww, stride_b,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -536,10 +538,6 @@ def depthwise_wgrad_kernel(
         tl.store(partial + (split.to(tl.int64) * KA * KS + tap) * channels + block, total, mask=block < channels)
 
 
-def _accumulator(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def _by_role(channels_last: bool, pair: Ints) -> tuple[int, int]:
     """(across, along) of (height, width)."""
     height, width = pair
@@ -571,11 +569,15 @@ def output_size(x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: 
     ]
 
 
-def _geometry(channels_last: bool, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> dict[str, int]:
+def geometry_of(kernel: Ints, stride: Ints, front: Ints, dilation: Ints, axes: str = "HW") -> dict[str, int]:
     """The constants that all kernels share. Only the padding in front matters: sizes say the rest."""
-    pairs = {"K": kernel, "STRIDE_": stride, "PAD_": padding[::2], "DILATION_": dilation}
-    roles = {name: _by_role(channels_last, pair) for name, pair in pairs.items()}
-    return {name + role: value for name, values in roles.items() for role, value in zip("AS", values, strict=True)}
+    pairs = {"K": kernel, "STRIDE_": stride, "PAD_": front, "DILATION_": dilation}
+    return {name + axis: value for name, pair in pairs.items() for axis, value in zip(axes, pair, strict=True)}
+
+
+def _geometry(channels_last: bool, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> dict[str, int]:
+    """The same, by role."""
+    return geometry_of(*(_by_role(channels_last, pair) for pair in (kernel, stride, padding[::2], dilation)), axes="AS")
 
 
 def _unrolls(geometry: dict[str, int], results: int) -> bool:
@@ -590,14 +592,10 @@ def _programs(shape: Ints, channels_last: bool, chosen: Config, results: int) ->
     return cdiv(rows, chosen["ROWS"]) * cdiv(lanes, chosen["LANES"]) * cdiv(along, results)
 
 
-def _forward_choice(y_shape: Ints, channels_last: bool, geometry: dict[str, int]) -> tuple[int, ...]:
-    return (channels_last, y_shape[1], *_by_role(channels_last, y_shape[2:]), geometry["KS"])
-
-
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
     start, layout = _forward(x, weight, bias, stride, padding, dilation)
     y = x.new_empty_strided(*layout)
-    start(x, weight, bias, y)
+    start(x, weight, y, bias)
     return y
 
 
@@ -622,13 +620,10 @@ def _forward_plan(
     size = output_size(x, kernel, stride, padding, dilation)
     y = empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
     if not channels_last and _in_planes(x, kernel, stride, padding, dilation):
-        launch = _planes(
-            device, dtype, x, y, weight, bias_stride, stride, padding[::2], dilation, FLIP=False,
-            MULTIPLIER=weight.shape[0] // x.shape[1],
-        )  # fmt: skip
-        return launch, (y.shape, y.stride())
+        start = _planes(device, dtype, x, y, weight, bias_stride, stride, padding[::2], dilation, flip=False)
+        return start, (y.shape, y.stride())
     geometry = _geometry(channels_last, kernel, stride, padding, dilation)
-    chosen = forward_config(device, dtype, *_forward_choice(y.shape, channels_last, geometry))
+    chosen = forward_config(device, dtype, channels_last, y.shape[1], *_by_role(channels_last, size), geometry["KS"])
     taps = geometry["KS"] if _unrolls(geometry, (chosen["T"] - 1) * geometry["STRIDE_S"] + 1) else 1
     images, channels = y.shape[:2]
     vec = multiple_of(channels_last, channels, x, y)
@@ -638,7 +633,7 @@ def _forward_plan(
         *_strides(x, channels_last, vec), *_strides(y, channels_last, vec), *_weight_strides(weight, channels_last),
         1 if bias_stride is None else bias_stride,
         **geometry, MULTIPLIER=channels // x.shape[1], TAPS=taps, HAS_BIAS=bias_stride is not None,
-        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dtype), **chosen,
+        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=config.accumulator(dtype), **chosen,
     ), (y.shape, y.stride())  # fmt: skip
 
 
@@ -647,7 +642,7 @@ def _in_planes(x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: I
     reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
     return (
         (x.stride(3) == 1 or x.shape[3] == 1)
-        and math.prod(kernel) <= ACCUMULATORS
+        and math.prod(kernel) <= UNROLLED_PLANE_TAPS
         and max(*reach, *stride) <= HALO
         and stride[1] <= 2
         and padding[0] <= reach[0]
@@ -657,8 +652,9 @@ def _in_planes(x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: I
 
 def _planes(
     device: torch.device, dtype: torch.dtype, x: Tensor, y: Tensor, weight: Tensor, bias_stride: int | None,
-    stride: Ints, padding: Ints, dilation: Ints, **constants: Any,
+    stride: Ints, front: Ints, dilation: Ints, *, flip: bool,
 ) -> Prepared:  # fmt: skip
+    """The launch of depthwise_planes_kernel. front: the padding in front; flip: for dgrad, whose launch is given no bias."""
     images, channels, height, width = y.shape
     vec = math.gcd(16, x.shape[3], width, *[s for t in (x, y) for s in t.stride()[:3]])
     # A lane's own columns are 16 bytes, where they are aligned; else as many as make the others few.
@@ -666,13 +662,13 @@ def _planes(
     v = 4 if piece == 4 or stride[1] == 2 or width <= 4 else 8
     chosen = planes_config(device, dtype, piece >= 4, height, cdiv(width, v), math.prod(weight.shape[2:]))
     programs = cdiv(images * channels, chosen["ROWS"]) * cdiv(height, chosen["T"]) * cdiv(width, chosen["LANES"] * v)
-    pairs = {"K": weight.shape[2:], "STRIDE_": stride, "PAD_": padding, "DILATION_": dilation}
-    geometry = {name + axis: size for name, sizes in pairs.items() for axis, size in zip("HW", sizes, strict=True)}
     return Prepared(
-        depthwise_planes_kernel, (programs,), images, channels, x.shape[2], x.shape[3] // vec, height, width // vec,
+        depthwise_planes_kernel, (programs,), *([None] if flip else []),
+        images, channels, x.shape[2], x.shape[3] // vec, height, width // vec,
         *[s // vec for t in (x, y) for s in t.stride()[:3]], weight.stride(0), *weight.stride()[2:],
         1 if bias_stride is None else bias_stride,
-        **geometry, **constants, HAS_BIAS=bias_stride is not None, VEC=vec, V=v, ACCUMULATOR=_accumulator(dtype), **chosen,
+        **geometry_of(weight.shape[2:], stride, front, dilation), FLIP=flip, MULTIPLIER=channels // x.shape[1],
+        HAS_BIAS=bias_stride is not None, VEC=vec, V=v, ACCUMULATOR=config.accumulator(dtype), **chosen,
     )  # fmt: skip
 
 
@@ -691,7 +687,7 @@ def depthwise_conv2d_dgrad(
 ) -> Tensor:
     dx = empty(dy, shape, channels_last)
     start = _dgrad(dy, weight, dx.shape, stride, padding, dilation, channels_last)
-    start(dy, weight, *([None] if start.kernel is depthwise_planes_kernel else []), dx)
+    start(dy, weight, dx)
     return dx
 
 
@@ -715,7 +711,7 @@ def _dgrad_plan(
     behind = [(k - 1) * d - p for k, d, p in zip(kernel, dilation, padding[::2], strict=True)]
     same_channels = weight.shape[0] == dx.shape[1]
     if not channels_last and same_channels and max(stride) == 1 and _in_planes(dy, kernel, stride, padding, dilation):
-        return _planes(device, dtype, dy, dx, weight, None, stride, behind, dilation, FLIP=True, MULTIPLIER=1)
+        return _planes(device, dtype, dy, dx, weight, None, stride, behind, dilation, flip=True)
     geometry = _geometry(channels_last, weight.shape[2:], stride, padding, dilation)
     across, along = _by_role(channels_last, dx.shape[2:])
     step = geometry["STRIDE_S"]
@@ -729,7 +725,7 @@ def _dgrad_plan(
         images, channels // vec, across, along, *_by_role(channels_last, dy.shape[2:]),
         *_strides(dy, channels_last, vec), *_strides(dx, channels_last, vec), *_weight_strides(weight, channels_last),
         **geometry, MULTIPLIER=weight.shape[0] // channels, TAPS=taps, PERIOD=period,
-        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dtype), **chosen,
+        CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=config.accumulator(dtype), **chosen,
     )  # fmt: skip
 
 
@@ -780,7 +776,7 @@ def _wgrad_plan(
         images, channels // vec, across, along, *_by_role(channels_last, x.shape[2:]),
         cdiv(steps, max(splits, 1)), *_strides(dy, channels_last, vec), *_strides(x, channels_last, vec),
         **geometry, MULTIPLIER=channels // x.shape[1], TAPS_A=taps_a, TAPS_S=taps_s,
-        EVEN_T=along % chosen["T"] == 0, CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=_accumulator(dtype), **chosen,
+        EVEN_T=along % chosen["T"] == 0, CHANNELS_LAST=channels_last, VEC=vec, ACCUMULATOR=config.accumulator(dtype), **chosen,
     ), (splits, ka * ks, channels)  # fmt: skip
 
 

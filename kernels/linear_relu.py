@@ -218,10 +218,6 @@ def _as_2d(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def _accumulator(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = _as_2d(x)
     start, blocks = _forward(rows, weight, bias)
@@ -263,7 +259,7 @@ def _forward_plan(
         return Prepared(linear_relu_tma_kernel, (programs,), M, N, K, bias_stride, HAS_BIAS=has_bias, **chosen), blocks
     return Prepared(
         linear_relu_kernel, (tiles,), M, N, K, *stride, *weight_stride, bias_stride,
-        HAS_BIAS=has_bias, EVEN_K=K % block_k == 0, PRECISION="tf32" if tf32 else "ieee", ACCUMULATOR=_accumulator(dtype),
+        HAS_BIAS=has_bias, EVEN_K=K % block_k == 0, PRECISION="tf32" if tf32 else "ieee", ACCUMULATOR=config.accumulator(dtype),
         **chosen,
     ), None  # fmt: skip
 
@@ -312,7 +308,7 @@ def _backward_plan(
     blocks = cdiv(M, chosen["ROWS"])
     return Prepared(
         relu_backward_kernel, (cdiv(N, chosen["BLOCK_N"]), blocks), M, N, *dy_stride, *y_stride,
-        ACCUMULATOR=_accumulator(dtype), BIAS_GRADIENT=bias_gradient, **chosen,
+        ACCUMULATOR=config.accumulator(dtype), BIAS_GRADIENT=bias_gradient, **chosen,
     ), blocks  # fmt: skip
 
 

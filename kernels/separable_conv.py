@@ -44,7 +44,7 @@ from dlaccel.memory_format import empty, finished, suggests_channels_last
 from . import config, depthwise_conv
 from .batch_norm import activated
 from .config import Config, Target, cdiv, meta, power_of_two
-from .depthwise_conv import UNROLLED_TAPS, divided, forward_line, multiple_of, offset, output_size
+from .depthwise_conv import UNROLLED_TAPS, divided, forward_line, geometry_of, multiple_of, offset, output_size
 from .launch import Prepared
 
 Ints = Sequence[int]
@@ -184,16 +184,14 @@ def _plan(
     chosen = forward_config(device, dtype, *sizes)
     if chosen == TWO_KERNELS:
         return _Plan(None, y.shape, y.stride(), channels_last, sizes)
-    pairs = {"K": kernel, "STRIDE_": stride, "PAD_": padding[::2], "DILATION_": dilation}
-    geometry = {name + axis: value for name, pair in pairs.items() for axis, value in zip("HW", pair, strict=True)}
     vec = multiple_of(channels_last, math.gcd(filters, channels), x, y, pointwise_weight)
     programs = cdiv(x.shape[0] * size[0], chosen["ROWS"]) * cdiv(size[1], chosen["T"]) * cdiv(filters, chosen["FILTERS"])
     start = Prepared(
         separable_forward_kernel, (programs,), x.shape[0], channels // vec, filters // vec, *x.shape[2:], *size,
         *divided(x, vec), *divided(y, vec), dw_stride[0], *dw_stride[2:], db_stride,
         *divided(pointwise_weight, vec)[:2], pb_stride,
-        **geometry, MULTIPLIER=channels // x.shape[1], ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", VEC=vec,
-        ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32, **chosen,
+        **geometry_of(kernel, stride, padding[::2], dilation), MULTIPLIER=channels // x.shape[1], ACTIVATION=activation,
+        PRECISION="tf32" if tf32 else "ieee", VEC=vec, ACCUMULATOR=config.accumulator(dtype), **chosen,
     )  # fmt: skip
     return _Plan(start, y.shape, y.stride(), channels_last, sizes)
 

@@ -67,8 +67,8 @@ MUTANTS = [
     Mutant("channels stay divided in the weight gradient", KERNELS, "    channels *= VEC\n    CHANNELS", "    CHANNELS"),
     Mutant(
         "accumulated in float16",
-        KERNELS,
-        "return tl.float64 if dtype == torch.float64 else tl.float32",
+        "kernels/config.py",
+        "return tl.float64 if torch.float64 in dtypes else tl.float32",
         "return tl.float16",
     ),
     Mutant("int32 offsets", KERNELS, "return index.to(tl.int64) * stride", "return index * stride"),

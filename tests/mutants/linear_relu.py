@@ -53,8 +53,8 @@ MUTANTS = [
     ),
     Mutant(
         "float64 accumulated in float32",
-        KERNELS,
-        "return tl.float64 if dtype == torch.float64 else tl.float32",
+        "kernels/config.py",
+        "return tl.float64 if torch.float64 in dtypes else tl.float32",
         "return tl.float32",
     ),
     Mutant(

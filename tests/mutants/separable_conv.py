@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant(
         "accumulated in float16",
         KERNELS,
-        "ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32",
+        "ACCUMULATOR=config.accumulator(dtype)",
         "ACCUMULATOR=tl.float16",
     ),
     Mutant("one kernel where it computes the middle twice", KERNELS, 'cdiv(filters, one["FILTERS"]) * (3', "(3"),
