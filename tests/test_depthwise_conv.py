@@ -419,6 +419,42 @@ def test_both_formulations_of_the_gradients(channels_last: bool, dtype: torch.dt
                 compare(tensors((3, 4, 9, 10), kernel, 2, dtype, layout), **options)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="oneDNN's")
+@pytest.mark.parametrize("backend_name", ["torch", "auto"])
+@pytest.mark.parametrize(
+    "kernel, stride, padding, dilation, multiplier",
+    [((3, 3), 1, 1, 1, 1), ((3, 3), 2, 1, 1, 1), ((2, 4), 1, "same", 1, 1), ((5, 3), (1, 2), 8, 2, 1), ((3, 3), 1, 1, 1, 2)],
+)
+def test_images_in_the_channels(
+    backend_name: str, kernel: tuple[int, int], stride: Any, padding: Any, dilation: int, multiplier: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where channels do not fill oneDNN's blocks, all images are one."""
+    monkeypatch.setattr(fallback, "PIXELS", 1)
+    monkeypatch.setattr(fallback, "VALUES", 1)
+    folded = []
+    monkeypatch.setattr(fallback, "_one_image", lambda t, once=fallback._one_image: folded.append(t.shape) or once(t))
+    x, weight, bias = tensors((4, 4, 9, 10), kernel, multiplier)
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    with dlaccel.use_backend(backend_name), poisoned():
+        with torch.no_grad():
+            y = F.depthwise_conv2d(x, weight, bias, **options)
+        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, bias, groups=4, **options).detach())
+        assert y.is_contiguous() and y.untyped_storage().nbytes() == y.nbytes
+        if fallback._onednn(x):
+            assert (
+                len(folded) == 1
+                and "images in the channels" in dlaccel.explain(F.depthwise_conv2d, x, weight, **options).kernel
+            )
+        compare((x, weight, bias), **options)
+        if fallback._onednn(x):
+            assert len(folded) == 3
+        folded.clear()
+        for tensor in (x.contiguous(memory_format=torch.channels_last), x[:3], x.double(), x.bfloat16()):
+            F.depthwise_conv2d(tensor.detach(), weight.detach().to(tensor.dtype), **options)
+        assert not folded
+
+
 def test_explain_names_the_formulation() -> None:
     x, weight = torch.empty(8, 64, 28, 28), torch.empty(64, 1, 5, 5)
     options = ([1, 1], [2, 2, 2, 2], [1, 1], False)

@@ -5,7 +5,8 @@ dilation (in bfloat16 also without stride), and the weight gradient of undilated
 paths, 3 to 300 times slower than memory. Both gradients are themselves depthwise forward convolutions, so here, for float32
 and bfloat16 on the CPU, they are asked for as such where that is faster:
 
-    forward    padding > 6 is made by F.pad; a channel multiplier by repeating the channels
+    forward    padding > 6 is made by F.pad; a channel multiplier by repeating the channels; images go into the channels where
+               those do not fill oneDNN's blocks of 16 (contiguous)
     dgrad      convolution of dy with flipped weights and padding dilation * (K - 1) - padding; a stride puts zeros into dy
     wgrad      convolution of x with dy as the filter, stride and dilation exchanged; N goes into the channels (contiguous),
                or one convolution per image (channels_last)
@@ -32,7 +33,9 @@ HANGS = 15  # width of a kernel from which oneDNN may never return, see _never_r
 SMALL = 2**17  # multiply-adds of a forward, below which being an operator costs more than the faster gradients save
 TERMS = 1700  # that one float32 chain adds up in a weight gradient: more lose accuracy against aten's blocked sums
 IMAGE = 2**19  # multiply-adds of an image, from which its own convolution is faster than aten's channels_last gradient
+BLOCK, PIXELS, VALUES = 16, 576, 2**19  # oneDNN's block of channels; the results that it unpacks slowly from ragged ones
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # as a view, but a tensor of its own for autograd: its base is dropped
 _backward = torch.ops.aten.convolution_backward.default
 Ints = Sequence[int]
 
@@ -49,6 +52,19 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 def _onednn(t: Tensor) -> bool:
     return t.is_cpu and _onednn_takes(t.dtype) and bool(torch.backends.mkldnn.enabled) and t.numel() > 0
+
+
+def _ragged(x: Tensor, shape: Ints, stride: Ints, channels_last: bool) -> bool:
+    """Whether a result of about shape / stride comes faster with images in the channels, whose blocks then are full."""
+    n, c, *size = shape
+    if not c % BLOCK or n * c % BLOCK or channels_last or x.dtype != torch.float32:
+        return False
+    pixels = math.prod(size) // math.prod(stride)
+    return pixels >= PIXELS and n * c * pixels >= VALUES and _onednn(x)
+
+
+def _one_image(t: Tensor) -> Tensor:
+    return t.reshape(1, -1, *t.shape[2:])
 
 
 def _format(channels_last: bool) -> torch.memory_format:
@@ -81,8 +97,13 @@ def _conv(
     if refused or (top, left) != (bottom, right):
         x = F.pad(x, (left, right, top, bottom))
         top = left = 0
-    # In aten a channels_last weight would decide the format too.
-    return F.conv2d(x, weight.contiguous(), bias, stride, (top, left), dilation, x.shape[1])
+    n, channels = x.shape[:2]
+    weight = weight.contiguous()  # in aten a channels_last weight would decide the format too
+    if _ragged(x, x.shape, stride, channels_last):
+        weight, bias = weight.repeat(n, 1, 1, 1), None if bias is None else bias.repeat(n)
+        y = F.conv2d(_one_image(x), weight, bias, stride, (top, left), dilation, n * channels)
+        return _unsafe_view(y, (n, channels, *y.shape[2:]))
+    return F.conv2d(x, weight, bias, stride, (top, left), dilation, channels)
 
 
 def _repeated(x: Tensor, multiplier: int, channels_last: bool) -> Tensor:
@@ -154,7 +175,8 @@ def _wgrad_by_convolution(dy: Tensor, kernel: Ints, dilation: Ints, channels_las
 def forward_is_atens(x: Tensor, weight: Tensor, padding: int) -> bool:
     """Whether the forward below is one call of aten's with the same arguments, by sizes alone."""
     channels, one, _, width = weight.shape
-    return one == 1 and x.shape[-3] == channels and padding <= MAX_PADDING and width < HANGS
+    ragged = channels % BLOCK > 0 and x.dim() == 4 and _ragged(x, x.shape, (1, 1), suggests_channels_last(x))
+    return one == 1 and x.shape[-3] == channels and padding <= MAX_PADDING and width < HANGS and not ragged
 
 
 def beats_aten(x: Tensor, weight: Tensor, y: Ints, stride: Ints, padding: Ints, dilation: Ints) -> bool:
@@ -164,9 +186,14 @@ def beats_aten(x: Tensor, weight: Tensor, y: Ints, stride: Ints, padding: Ints, 
         return False
     if x.shape[1] != weight.shape[0] or max(padding) > MAX_PADDING or _never_returns(x, weight, padding):
         return True
+    channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
+    if _ragged(x, x.shape, stride, channels_last):
+        return True
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad) or _macs(y, kernel) <= SMALL:
         return False
-    return kernel[1] > 3 or max(dilation) > 1 or (max(stride) > 1 and x.dtype == torch.bfloat16)
+    if kernel[1] > 3 or max(dilation) > 1 or (max(stride) > 1 and x.dtype == torch.bfloat16):
+        return True
+    return x.requires_grad and _ragged(x, x.shape, (1, 1), channels_last)
 
 
 def _spread(dy: Tensor, size: Ints, start: Ints, step: Ints, channels_last: bool) -> Tensor:
@@ -184,11 +211,15 @@ def _spread(dy: Tensor, size: Ints, start: Ints, step: Ints, channels_last: bool
 def depthwise_conv2d_dgrad(
     dy: Tensor, weight: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool
 ) -> Tensor:
-    _, c, *size = shape
+    n, c, *size = shape
     multiplier = weight.shape[0] // c
     if not _dgrad_by_convolution(dy, weight.shape[2:], multiplier, stride, padding, dilation, channels_last):
-        x = empty(dy, shape, channels_last)
-        return finished(_native(dy, x, weight, stride, padding, dilation, [True, False, False]), channels_last)
+        ragged = _ragged(dy, shape, (1, 1), channels_last)
+        if ragged:
+            dy, weight = _one_image(dy), weight.repeat(n, 1, 1, 1)
+        x = empty(dy, (1, n * c, *size) if ragged else shape, channels_last)
+        dx = _native(dy, x, weight, stride, padding, dilation, [True, False, False])
+        return finished(_unsafe_view(dx, shape) if ragged else dx, channels_last)
     reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     before = [reach[d] - padding[2 * d] for d in (0, 1)]
     if max(stride) > 1:
@@ -253,15 +284,20 @@ def depthwise_conv2d_wgrad(
 
 def explain(name: str, *args: Any) -> str:
     if name == "depthwise_conv2d":
-        x, weight, _, _, padding, _ = args
+        x, weight, _, stride, padding, _ = args
         how = "aten.convolution"
         if _onednn(x) and max(padding) > MAX_PADDING:
             how += " behind F.pad"
-        return how + (" of repeated channels" if _onednn(x) and weight.shape[0] > x.shape[1] else "")
+        if _onednn(x) and weight.shape[0] > x.shape[1]:
+            how += " of repeated channels"
+        y = (len(x), len(weight), *x.shape[2:])
+        ragged = _ragged(x, y, stride, suggests_channels_last(x) or suggests_channels_last(weight))
+        return how + (", images in the channels" if ragged else "")
     dy, other, shape, stride, padding, dilation, channels_last = args
     if name == "depthwise_conv2d_dgrad":
         multiplier = dy.shape[1] // shape[1]
         composed = _dgrad_by_convolution(dy, other.shape[2:], multiplier, stride, padding, dilation, channels_last)
-        return "aten.convolution of dy with flipped weights" if composed else "aten.convolution_backward"
+        how = "aten.convolution of dy with flipped weights" if composed else "aten.convolution_backward"
+        return how + (", images in the channels" if _ragged(dy, shape, (1, 1), channels_last) else "")
     composed = _wgrad_by_convolution(dy, shape[2:], dilation, channels_last)
     return "aten.convolution of x with dy as its filter" if composed else "aten.convolution_backward"
