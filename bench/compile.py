@@ -199,10 +199,12 @@ def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None =
         with contextlib.nullcontext() if _workers and not keep else workers(processes, len(missing), keep=keep):
             for key, report in _compile_all(missing):
                 found[key] = report
-                _write(key, report)
+                if report.reason != ABORTED:  # it may have been killed, or never have started
+                    _write(key, report)
     return [found[key] for key in keys]
 
 
+ABORTED = "the compiler aborted"
 _workers: list[Callable[[int], ProcessPoolExecutor]] = []  # of the innermost `with workers()`: a new pool of so many
 _pools: list[ProcessPoolExecutor] = []  # and the pool in use
 
@@ -244,7 +246,7 @@ def _compile_all(missing: dict[str, tuple[bytes, str, str]]) -> Iterator[tuple[s
                 try:
                     yield key, alone.submit(_compile, *job).result()
                 except BrokenProcessPool:
-                    yield key, Report(job[1], job[2], _triton_version(), "failed", "the compiler aborted")
+                    yield key, Report(job[1], job[2], _triton_version(), "failed", ABORTED)
         _pools[-1] = _workers[-1](len(os.sched_getaffinity(0)))
 
 

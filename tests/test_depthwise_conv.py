@@ -188,14 +188,14 @@ def test_nan_spreads_to_the_outputs_that_see_it(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_nan_spreads_to_the_taps_that_see_it(backend: str, layout: str, stride: int) -> None:
-    x, weight = (t.detach() for t in tensors((2, 2, 6, 7), (3, 3), bias=False))
-    x[1, 0, 5, 6], x[0, 1, 0, 0] = float("nan"), float("-inf")
+@pytest.mark.parametrize("stride, width, padding", [(1, 7, 1), (2, 7, 1), (1, 6, 0)])
+def test_nan_spreads_to_the_taps_that_see_it(backend: str, layout: str, stride: int, width: int, padding: int) -> None:
+    x, weight = (t.detach() for t in tensors((2, 2, 6, width), (3, 3), bias=False))
+    x[1, 0, 5, -1], x[0, 1, 0, 0] = float("nan"), float("-inf")
     found = []
     for f in (F.depthwise_conv2d, eager):
         w = weight.clone().requires_grad_()
-        y = f(x.contiguous(memory_format=FORMATS[layout]), w, None, stride, 1, 1)
+        y = f(x.contiguous(memory_format=FORMATS[layout]), w, None, stride, padding, 1)
         found += torch.autograd.grad(y, w, torch.ones_like(y))
     got, want = found
     assert torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got.isnan(), want.isnan())

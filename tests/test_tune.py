@@ -133,8 +133,8 @@ CALLS: list[tuple[str, Any, set[str]]] = [  # op, case or arguments, the choices
     *(
         ("depthwise_conv2d", sample, {f"depthwise_conv.{of}" for of in choices})
         for sample, choices in (
-            ("bias", ("planes", "wgrad")),
-            ("1x9", ("planes", "dgrad", "wgrad")),
+            ("bias", ("planes", "planes_wgrad")),
+            ("1x9", ("planes", "dgrad", "planes_wgrad")),
             ("4x5 channels_last", ("forward", "dgrad", "wgrad")),
         )
     ),

@@ -101,8 +101,9 @@ def _conv(
     weight = weight.contiguous()  # in aten a channels_last weight would decide the format too
     if _ragged(x, x.shape, stride, channels_last):
         weight, bias = weight.repeat(n, 1, 1, 1), None if bias is None else bias.repeat(n)
-        y = F.conv2d(_one_image(x), weight, bias, stride, (top, left), dilation, n * channels)
-        return _unsafe_view(y, (n, channels, *y.shape[2:]))
+        folded = F.conv2d(_one_image(x), weight, bias, stride, (top, left), dilation, n * channels)
+        y: Tensor = _unsafe_view(folded, (n, channels, *folded.shape[2:]))
+        return y
     return F.conv2d(x, weight, bias, stride, (top, left), dilation, channels)
 
 

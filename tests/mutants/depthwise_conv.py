@@ -91,6 +91,18 @@ MUTANTS = [
         "grid = empty(dy, (*dy.shape[:2], *size), channels_last).zero_()",
         "grid = empty(dy, (*dy.shape[:2], *size), channels_last).zero_() + dy.zero_().sum()",
     ),
+    Mutant(
+        "fallback: images in the channels with one image's bias",
+        FALLBACK,
+        "else bias.repeat(n)",
+        "else bias.repeat_interleave(n)",
+    ),
+    Mutant(
+        "fallback: images in the channels with channels' filters out of order",
+        FALLBACK,
+        "dy, weight = _one_image(dy), weight.repeat(n, 1, 1, 1)",
+        "dy, weight = _one_image(dy), weight.repeat_interleave(n, 0)",
+    ),
     Mutant("gradient of the bias lost", OPS, "dy.sum((0, 2, 3)) if ctx.wanted[2] else None", "None"),
     Mutant(
         "second derivative by the weight lost",
@@ -126,7 +138,40 @@ MUTANTS = [
     Mutant(
         "planes: filters of a channel not neighbours",
         KERNELS,
-        "offset(o // MULTIPLIER, stride_xc, VEC)",
-        "offset(o, stride_xc, VEC)",
+        "offset(o // MULTIPLIER, stride_xc, VEC)\n    zero",
+        "offset(o, stride_xc, VEC)\n    zero",
+    ),
+    Mutant(
+        "planes, wgrad: filters of a channel not neighbours",
+        KERNELS,
+        "offset(o // MULTIPLIER, stride_xc, VEC)\n        for",
+        "offset(o, stride_xc, VEC)\n        for",
+    ),
+    Mutant("planes, wgrad: columns past the row multiply", KERNELS, "tl.where(v < rest, value, 0.0)", "value"),
+    Mutant(
+        "planes, wgrad: rows past the image multiply",
+        KERNELS,
+        "z = tl.where(start + (j - i // KW * DILATION_H) // STRIDE_H + zero < height, z, acc[i])",
+        "pass",
+    ),
+    Mutant("planes, wgrad: lanes past the row count", KERNELS, "tl.where(rest > 0, acc[i], 0.0)", "acc[i]"),
+    Mutant("planes, wgrad: filters transposed", KERNELS, "(i % KW * KH + i // KW) * channels", "i * channels"),
+    Mutant(
+        "planes, wgrad: one block of columns over another",
+        KERNELS,
+        "((split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * KW * KH) * channels + block",
+        "(split * tl.num_programs(1)).to(tl.int64) * KW * KH * channels + block",
+    ),
+    Mutant(
+        "planes, wgrad: the rows of the next split counted twice",
+        KERNELS,
+        "tl.minimum((split + 1) * steps_per_split, images * segments), num_stages",
+        "tl.minimum((split + 2) * steps_per_split, images * segments), num_stages",
+    ),
+    Mutant(
+        "planes, wgrad: dy's stride across channels taken from x",
+        KERNELS,
+        "offset(n, stride_dyn, VEC) + offset(o, stride_dyc, VEC) + offset(start + t",
+        "offset(n, stride_dyn, VEC) + offset(o, stride_xc, VEC) + offset(start + t",
     ),
 ]
