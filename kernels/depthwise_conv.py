@@ -282,15 +282,18 @@ def depthwise_forward_kernel(
 
 
 @triton.jit
-def split_columns(block, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
-    """(ROWS, LANES * V) as V blocks (ROWS, LANES): the first, second, ... of each lane's neighbours. V: 4 or 8."""
-    if V == 4:
-        even, odd = tl.split(tl.reshape(block, (ROWS, LANES, 2, 2)))
+def split_columns(block, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """(LANES, COLUMNS) as so many blocks (LANES,): the first, second, ... of each lane's neighbours. COLUMNS: 2, 4 or 8."""
+    if COLUMNS == 2:
+        c0, c1 = tl.split(block)
+        return (c0, c1)
+    elif COLUMNS == 4:
+        even, odd = tl.split(tl.reshape(block, (LANES, 2, 2)))
         c0, c2 = tl.split(even)
         c1, c3 = tl.split(odd)
         return (c0, c1, c2, c3)
     else:
-        even, odd = tl.split(tl.reshape(block, (ROWS, LANES, 2, 2, 2)))
+        even, odd = tl.split(tl.reshape(block, (LANES, 2, 2, 2)))
         even04, even26 = tl.split(even)
         odd15, odd37 = tl.split(odd)
         c0, c4 = tl.split(even04)
@@ -301,34 +304,43 @@ def split_columns(block, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexp
 
 
 @triton.jit
-def join_columns(c, first: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
-    """The inverse, of the V blocks from c[first] on."""
+def join_columns(c, first: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+    """The inverse, of the V blocks from c[first] on. V: 4 or 8."""
     if V == 4:
         even, odd = tl.join(c[first], c[first + 2]), tl.join(c[first + 1], c[first + 3])
     else:
         even = tl.join(tl.join(c[first], c[first + 4]), tl.join(c[first + 2], c[first + 6]))
         odd = tl.join(tl.join(c[first + 1], c[first + 5]), tl.join(c[first + 3], c[first + 7]))
-    return tl.reshape(tl.join(even, odd), (ROWS, LANES * V))
+    return tl.reshape(tl.join(even, odd), (LANES, V))
+
+
+@triton.jit
+def load_columns(row, column, width, mask, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Neighbouring columns from this one on, in one piece, as a tuple."""
+    if COLUMNS == 1:
+        return (tl.load(row + column, mask=mask & (column >= 0) & (column < width), other=0.0),)
+    else:
+        block = column[:, None] + tl.arange(0, COLUMNS)[None, :]
+        return split_columns(tl.load(row[:, None] + block, mask=mask[:, None] & (block < width), other=0.0), LANES, COLUMNS)
 
 
 @triton.jit
 def load_row(
-    row, first, width, mask, PAD: tl.constexpr, HALO: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    row, lane, width, mask, PAD: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """Each lane's columns from PAD before its COLUMNS own to HALO behind them, as a tuple."""
-    block = first * COLUMNS + tl.arange(0, LANES * COLUMNS)[None, :]
-    own = split_columns(tl.load(row + block, mask=mask & (block < width), other=0.0), ROWS, LANES, COLUMNS)
-    start = (first + tl.arange(0, LANES)[None, :]) * COLUMNS
+    """Each lane's columns from PAD before its COLUMNS own, which come in pieces, to HALO behind them, as a tuple."""
     line = ()
+    for i in tl.static_range(PAD):
+        line = line + load_columns(row, lane * COLUMNS + (i - PAD), width, mask, LANES, 1)
+    for i in tl.static_range(COLUMNS // PIECE):
+        line = line + load_columns(row, lane * COLUMNS + i * PIECE, width, mask, LANES, PIECE)
+    for i in tl.static_range(HALO):
+        line = line + load_columns(row, lane * COLUMNS + (i + COLUMNS), width, mask, LANES, 1)
+    wide = ()
     for i in tl.static_range(PAD + COLUMNS + HALO):
-        if i >= PAD and i < PAD + COLUMNS:
-            line = line + (own[i - PAD].to(ACCUMULATOR),)
-        else:
-            column = start + (i - PAD)
-            value = tl.load(row + column, mask=mask & (column >= 0) & (column < width), other=0.0)
-            line = line + (value.to(ACCUMULATOR),)
-    return line
+        wide = wide + (line[i].to(ACCUMULATOR),)
+    return wide
 
 
 @triton.jit
@@ -346,15 +358,20 @@ def depthwise_planes_kernel(
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, VEC: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PIECE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """T rows of results of ROWS planes (n, channel), V columns a lane. The widths come divided by VEC, too."""
+    """T rows of results of ROWS planes (n, channel), V columns each of LANES lanes a row. The widths come divided by VEC, too.
+
+    Planes and lanes share one axis of blocks: with two, Triton 3.6 lays them out differently for loads of V columns and of
+    one, and moves all values between through shared memory.
+    """
     x_width, width = x_width * VEC, width * VEC
     blocks, segments = tl.cdiv(width, LANES * V), tl.cdiv(height, T)
     program = tl.program_id(0)
-    first = program % blocks * LANES
+    position = tl.arange(0, ROWS * LANES)
+    lane = program % blocks * LANES + position % LANES
     start = program // blocks % segments * T
-    plane = (program // blocks // segments * ROWS + tl.arange(0, ROWS))[:, None]
+    plane = program // blocks // segments * ROWS + position // LANES
     n, o, exists = plane // channels, plane % channels, plane < images * channels
     w += offset(o, stride_wc)
     taps = ()
@@ -362,16 +379,16 @@ def depthwise_planes_kernel(
         tap = w + (KH - 1 - i // KW if FLIP else i // KW) * stride_wh + (KW - 1 - i % KW if FLIP else i % KW) * stride_ww
         taps = taps + (tl.load(tap, mask=exists, other=0.0).to(ACCUMULATOR),)
     image = x + offset(n, stride_xn, VEC) + offset(o // MULTIPLIER, stride_xc, VEC)
-    zero = tl.zeros((ROWS, 1), dtype=tl.int32)
+    zero = tl.zeros((ROWS * LANES,), dtype=tl.int32)
     REACH: tl.constexpr = (KW - 1) * DILATION_W - PAD_W - STRIDE_W + 1  # columns behind a lane's own
     acc = ()
     for _ in tl.static_range(T * V):
-        acc = acc + (tl.zeros((ROWS, LANES), dtype=ACCUMULATOR),)
+        acc = acc + (tl.zeros((ROWS * LANES,), dtype=ACCUMULATOR),)
     for j in tl.static_range((T - 1) * STRIDE_H + (KH - 1) * DILATION_H + 1):
         h = start * STRIDE_H - PAD_H + j
         line = load_row(
-            image + offset(h, stride_xh, VEC), first, x_width, exists & (h + zero >= 0) & (h + zero < x_height),
-            PAD_W, REACH if REACH > 0 else 0, ROWS, LANES, V * STRIDE_W, ACCUMULATOR,
+            image + offset(h, stride_xh, VEC), lane, x_width, exists & (h + zero >= 0) & (h + zero < x_height),
+            PAD_W, REACH if REACH > 0 else 0, ROWS * LANES, V * STRIDE_W, PIECE, ACCUMULATOR,
         )  # fmt: skip
         added = ()
         for i in tl.static_range(T * V):
@@ -387,14 +404,15 @@ def depthwise_planes_kernel(
         acc = added
     if HAS_BIAS:
         bias = tl.load(b + offset(o, stride_b), mask=exists, other=0.0).to(ACCUMULATOR)
-    column = first * V + tl.arange(0, LANES * V)[None, :]
+    column = lane[:, None] * V + tl.arange(0, V)[None, :]
     line = y + offset(n, stride_yn, VEC) + offset(o, stride_yc, VEC)
     for t in tl.static_range(T):
-        result = join_columns(acc, t * V, ROWS, LANES, V)
+        result = join_columns(acc, t * V, ROWS * LANES, V)
         if HAS_BIAS:
-            result += bias
-        mask = exists & (start + t + zero < height) & (column < width)
-        tl.store(line + offset(start + t, stride_yh, VEC) + column, result.to(y.dtype.element_ty), mask=mask)
+            result += bias[:, None]
+        mask = (exists & (start + t + zero < height))[:, None] & (column < width)
+        row = line + offset(start + t, stride_yh, VEC)
+        tl.store(row[:, None] + column, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -578,23 +596,23 @@ def depthwise_planes_wgrad_kernel(
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr, EVEN_T: tl.constexpr, EVEN_V: tl.constexpr, VEC: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PIECE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of all taps of ROWS channels, over LANES * V columns and this split's share of the rows, T at a time.
 
     grid (blocks of channels, blocks of columns, splits); partial (splits, blocks of columns, KW * KH, channels).
     """
     width, x_width = width * VEC, x_width * VEC
-    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o = block[:, None]
-    first = tl.program_id(1) * LANES
-    rest = width - (first + tl.arange(0, LANES)[None, :]) * V  # columns from a lane's first to the end of the row
+    position = tl.arange(0, ROWS * LANES)
+    o = tl.program_id(0) * ROWS + position // LANES
+    lane = tl.program_id(1) * LANES + position % LANES
+    rest = width - lane * V  # columns from a lane's first to the end of the row
     split = tl.program_id(2)
-    zero = tl.zeros((ROWS, 1), dtype=tl.int32)
+    zero = tl.zeros((ROWS * LANES,), dtype=tl.int32)
     REACH: tl.constexpr = (KW - 1) * DILATION_W - PAD_W - STRIDE_W + 1  # columns behind a lane's own
     acc = ()
     for _ in tl.static_range(KH * KW):
-        acc = acc + (tl.zeros((ROWS, LANES), dtype=ACCUMULATOR),)
+        acc = acc + (tl.zeros((ROWS * LANES,), dtype=ACCUMULATOR),)
     segments = tl.cdiv(height, T)
     for step in tl.range(split * steps_per_split, tl.minimum((split + 1) * steps_per_split, images * segments), num_stages=1):
         n, start = step // segments, step % segments * T
@@ -602,15 +620,16 @@ def depthwise_planes_wgrad_kernel(
         for t in tl.static_range(T):
             gradients = gradients + load_row(
                 dy + offset(n, stride_dyn, VEC) + offset(o, stride_dyc, VEC) + offset(start + t, stride_dyh, VEC),
-                first, width, (o < channels) & (start + t + zero < height), 0, 0, ROWS, LANES, V, ACCUMULATOR,
+                lane, width, (o < channels) & (start + t + zero < height),
+                0, 0, ROWS * LANES, V, PIECE if PIECE < V else V, ACCUMULATOR,
             )  # fmt: skip
         image = x + offset(n, stride_xn, VEC) + offset(o // MULTIPLIER, stride_xc, VEC)
         for j in tl.static_range((T - 1) * STRIDE_H + (KH - 1) * DILATION_H + 1):
             h = start * STRIDE_H - PAD_H + j
             line = load_row(
-                image + offset(h, stride_xh, VEC), first, x_width,
+                image + offset(h, stride_xh, VEC), lane, x_width,
                 (o < channels) & (h + zero >= 0) & (h + zero < x_height),
-                PAD_W, REACH if REACH > 0 else 0, ROWS, LANES, V * STRIDE_W, ACCUMULATOR,
+                PAD_W, REACH if REACH > 0 else 0, ROWS * LANES, V * STRIDE_W, PIECE, ACCUMULATOR,
             )  # fmt: skip
             added = ()
             for i in tl.static_range(KH * KW):
@@ -629,9 +648,11 @@ def depthwise_planes_wgrad_kernel(
                 else:
                     added = added + (acc[i],)
             acc = added
+    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     line = partial + ((split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * KW * KH) * channels + block
     for i in tl.static_range(KH * KW):
-        total = tl.sum(tl.where(rest > 0, acc[i], 0.0), axis=1)  # lanes past the row have multiplied 0 by what is there
+        total = tl.where(rest > 0, acc[i], 0.0)  # lanes past the row have multiplied 0 by what is there
+        total = tl.sum(tl.reshape(total, (ROWS, LANES)), axis=1)
         tl.store(line + (i % KW * KH + i // KW) * channels, total, mask=block < channels)
 
 
@@ -747,13 +768,13 @@ def _in_planes(x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: I
     )
 
 
-def _pieces(dtype: torch.dtype, x: Tensor, y: Tensor, stride: int) -> tuple[int, int, bool]:
-    """What divides the strides and widths, the columns of a lane, and whether those are aligned."""
+def _pieces(dtype: torch.dtype, x: Tensor, y: Tensor, stride: int) -> tuple[int, int, int]:
+    """What divides the strides and widths, how many columns are loaded at once, and how many results a lane has."""
     width = y.shape[3]
     vec = math.gcd(16, x.shape[3], width, *[s for t in (x, y) for s in t.stride()[:3]])
     # A lane's own columns are 16 bytes, where they are aligned; else as many as make the others few.
     piece = math.gcd(vec, 16 // min(dtype.itemsize, 4))
-    return vec, 4 if piece == 4 or stride == 2 or width <= 4 else 8, piece >= 4
+    return vec, piece, 4 if piece == 4 or stride == 2 or width <= 4 else 8
 
 
 def _planes(
@@ -762,8 +783,8 @@ def _planes(
 ) -> Prepared:  # fmt: skip
     """The launch of depthwise_planes_kernel. front: the padding in front; flip: for dgrad, whose launch is given no bias."""
     images, channels, height, width = y.shape
-    vec, v, aligned = _pieces(dtype, x, y, stride[1])
-    chosen = planes_config(device, dtype, aligned, height, cdiv(width, v), math.prod(weight.shape[2:]))
+    vec, piece, v = _pieces(dtype, x, y, stride[1])
+    chosen = planes_config(device, dtype, piece >= 4, height, cdiv(width, v), math.prod(weight.shape[2:]))
     programs = cdiv(images * channels, chosen["ROWS"]) * cdiv(height, chosen["T"]) * cdiv(width, chosen["LANES"] * v)
     return Prepared(
         depthwise_planes_kernel, (programs,), *([None] if flip else []),
@@ -771,7 +792,7 @@ def _planes(
         *[s // vec for t in (x, y) for s in t.stride()[:3]], weight.stride(0), *weight.stride()[2:],
         1 if bias_stride is None else bias_stride,
         **geometry_of(weight.shape[2:], stride, front, dilation), FLIP=flip, MULTIPLIER=channels // x.shape[1],
-        HAS_BIAS=bias_stride is not None, VEC=vec, V=v, ACCUMULATOR=config.accumulator(dtype), **chosen,
+        HAS_BIAS=bias_stride is not None, VEC=vec, V=v, PIECE=piece, ACCUMULATOR=config.accumulator(dtype), **chosen,
     )  # fmt: skip
 
 
@@ -896,9 +917,9 @@ def _planes_wgrad(
 ) -> tuple[Prepared, tuple[int, int, int]]:
     images, channels, height, width = dy.shape
     taps = math.prod(kernel)
-    vec, v, aligned = _pieces(dtype, x, dy, stride[1])
-    v = v if aligned else 4  # unaligned columns come through shared memory, each in a register
-    chosen = planes_wgrad_config(device, dtype, aligned, height, cdiv(width, v), taps)
+    vec, piece, v = _pieces(dtype, x, dy, stride[1])
+    v = v if piece >= 4 else 4  # every column that comes alone is a load in flight, and a register
+    chosen = planes_wgrad_config(device, dtype, piece >= 4, height, cdiv(width, v), taps)
     blocks, parts = cdiv(channels, chosen["ROWS"]), cdiv(width, chosen["LANES"] * v)
     steps = images * cdiv(height, chosen["T"])
     splits = min(steps, cdiv(WAVES * config.target_of(device).sms, blocks * parts))
@@ -907,7 +928,8 @@ def _planes_wgrad(
         images, channels, height, width // vec, x.shape[2], x.shape[3] // vec, cdiv(steps, max(splits, 1)),
         *[s // vec for t in (dy, x) for s in t.stride()[:3]],
         **geometry_of(kernel, stride, front, dilation), MULTIPLIER=channels // x.shape[1],
-        EVEN_T=height % chosen["T"] == 0, EVEN_V=width % v == 0, VEC=vec, V=v, ACCUMULATOR=config.accumulator(dtype), **chosen,
+        EVEN_T=height % chosen["T"] == 0, EVEN_V=width % v == 0, VEC=vec, V=v, PIECE=piece,
+        ACCUMULATOR=config.accumulator(dtype), **chosen,
     ), (splits * parts, taps, channels)  # fmt: skip
 
 
