@@ -96,7 +96,7 @@ def planes_config(target: Target, dtype: torch.dtype, aligned: bool, height: int
     if target.interpreted:
         return {"ROWS": 16, "LANES": 2, "T": 4}
     lanes = power_of_two(groups, 1, 16)
-    t = _slides(height, 8) if aligned and taps <= 9 else 4
+    t = _slides(height, 8) if aligned and taps <= 9 else 4 if taps <= 25 else 2
     return {"ROWS": 128 // lanes, "LANES": lanes, "T": t, "num_warps": 4}
 
 
@@ -106,7 +106,7 @@ def planes_wgrad_config(target: Target, dtype: torch.dtype, aligned: bool, heigh
     if target.interpreted:
         return {"ROWS": 16, "LANES": 2, "T": 4}
     lanes = power_of_two(groups, 1, 16)
-    t = 4 if aligned else 7 if height % 7 == 0 else 4 if taps <= 25 else 1
+    t = 2 if taps > 25 else 7 if not aligned and height % 7 == 0 else 4  # Triton compiles many taps in tens of seconds
     return {"ROWS": 128 // lanes, "LANES": lanes, "T": t, "num_warps": 4}
 
 
@@ -164,7 +164,7 @@ def dgrad_candidates(
 
 def planes_candidates(target: Target, dtype: torch.dtype, aligned: bool, height: int, groups: int, taps: int) -> list[Config]:
     chosen = planes_config.static(target, dtype, aligned, height, groups, taps)
-    return _around(chosen, (4, 7, 8) if aligned and taps <= 9 else (2, 4))
+    return _around(chosen, (4, 7, 8) if aligned and taps <= 9 else (2, 4) if taps <= 25 else (1, 2))
 
 
 def wgrad_candidates(
@@ -178,7 +178,7 @@ def planes_wgrad_candidates(
     target: Target, dtype: torch.dtype, aligned: bool, height: int, groups: int, taps: int
 ) -> list[Config]:
     chosen = planes_wgrad_config.static(target, dtype, aligned, height, groups, taps)
-    return _around(chosen, (2, 4, 7) if taps <= 25 else (1, 2, 4))
+    return _around(chosen, (2, 4, 7) if taps <= 25 else (1, 2))
 
 
 forward_config.candidates = forward_candidates
@@ -320,25 +320,28 @@ def load_columns(row, column, width, mask, LANES: tl.constexpr, COLUMNS: tl.cons
         return (tl.load(row + column, mask=mask & (column >= 0) & (column < width), other=0.0),)
     else:
         block = column[:, None] + tl.arange(0, COLUMNS)[None, :]
-        return split_columns(tl.load(row[:, None] + block, mask=mask[:, None] & (block < width), other=0.0), LANES, COLUMNS)
+        inside = mask[:, None] & (block >= 0) & (block < width)
+        return split_columns(tl.load(row[:, None] + block, mask=inside, other=0.0), LANES, COLUMNS)
 
 
 @triton.jit
 def load_row(
     row, lane, width, mask, PAD: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PIECE: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """Each lane's columns from PAD before its COLUMNS own, which come in pieces, to HALO behind them, as a tuple."""
+    """Each lane's columns from PAD before its COLUMNS own to HALO behind them, as a tuple. Its own come PIECE at a time, those
+    before FRONT, those behind BACK at a time."""
+    BEFORE: tl.constexpr = (PAD + FRONT - 1) // FRONT * FRONT
     line = ()
-    for i in tl.static_range(PAD):
-        line = line + load_columns(row, lane * COLUMNS + (i - PAD), width, mask, LANES, 1)
+    for i in tl.static_range(BEFORE // FRONT):
+        line = line + load_columns(row, lane * COLUMNS + (i * FRONT - BEFORE), width, mask, LANES, FRONT)
     for i in tl.static_range(COLUMNS // PIECE):
         line = line + load_columns(row, lane * COLUMNS + i * PIECE, width, mask, LANES, PIECE)
-    for i in tl.static_range(HALO):
-        line = line + load_columns(row, lane * COLUMNS + (i + COLUMNS), width, mask, LANES, 1)
+    for i in tl.static_range((HALO + BACK - 1) // BACK):
+        line = line + load_columns(row, lane * COLUMNS + (i * BACK + COLUMNS), width, mask, LANES, BACK)
     wide = ()
     for i in tl.static_range(PAD + COLUMNS + HALO):
-        wide = wide + (line[i].to(ACCUMULATOR),)
+        wide = wide + (line[BEFORE - PAD + i].to(ACCUMULATOR),)
     return wide
 
 
@@ -357,7 +360,8 @@ def depthwise_planes_kernel(
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, VEC: tl.constexpr, V: tl.constexpr,
-    PIECE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PIECE: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """T rows of results of ROWS planes (n, channel), V columns each of LANES lanes a row. The widths come divided by VEC, too.
 
@@ -387,7 +391,7 @@ def depthwise_planes_kernel(
         h = start * STRIDE_H - PAD_H + j
         line = load_row(
             image + offset(h, stride_xh, VEC), lane, x_width, exists & (h + zero >= 0) & (h + zero < x_height),
-            PAD_W, REACH if REACH > 0 else 0, ROWS * LANES, V * STRIDE_W, PIECE, ACCUMULATOR,
+            PAD_W, REACH if REACH > 0 else 0, ROWS * LANES, V * STRIDE_W, PIECE, FRONT, BACK, ACCUMULATOR,
         )  # fmt: skip
         added = ()
         for i in tl.static_range(T * V):
@@ -595,7 +599,8 @@ def depthwise_planes_wgrad_kernel(
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr, EVEN_T: tl.constexpr, EVEN_V: tl.constexpr, VEC: tl.constexpr, V: tl.constexpr,
-    PIECE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PIECE: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of all taps of ROWS channels, over LANES * V columns and this split's share of the rows, T at a time.
 
@@ -620,7 +625,7 @@ def depthwise_planes_wgrad_kernel(
             gradients = gradients + load_row(
                 dy + offset(n, stride_dyn, VEC) + offset(o, stride_dyc, VEC) + offset(start + t, stride_dyh, VEC),
                 lane, width, (o < channels) & (start + t + zero < height),
-                0, 0, ROWS * LANES, V, PIECE if PIECE < V else V, ACCUMULATOR,
+                0, 0, ROWS * LANES, V, PIECE if PIECE < V else V, 1, 1, ACCUMULATOR,
             )  # fmt: skip
         image = x + offset(n, stride_xn, VEC) + offset(o // MULTIPLIER, stride_xc, VEC)
         for j in tl.static_range((T - 1) * STRIDE_H + (KH - 1) * DILATION_H + 1):
@@ -628,7 +633,7 @@ def depthwise_planes_wgrad_kernel(
             line = load_row(
                 image + offset(h, stride_xh, VEC), lane, x_width,
                 (o < channels) & (h + zero >= 0) & (h + zero < x_height),
-                PAD_W, REACH if REACH > 0 else 0, ROWS * LANES, V * STRIDE_W, PIECE, ACCUMULATOR,
+                PAD_W, REACH if REACH > 0 else 0, ROWS * LANES, V * STRIDE_W, PIECE, FRONT, BACK, ACCUMULATOR,
             )  # fmt: skip
             added = ()
             for i in tl.static_range(KH * KW):
@@ -767,13 +772,18 @@ def _in_planes(x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: I
     )
 
 
-def _pieces(dtype: torch.dtype, x: Tensor, y: Tensor, stride: int) -> tuple[int, int, int]:
-    """What divides the strides and widths, how many columns are loaded at once, and how many results a lane has."""
+def _pieces(
+    dtype: torch.dtype, x: Tensor, y: Tensor, kernel: int, stride: int, front: int, dilation: int
+) -> tuple[int, int, dict[str, int]]:
+    """What divides the strides and widths, how many results a lane has, and how many columns come at once: its own, those
+    before, and those behind. The last four are about the axis across."""
     width = y.shape[3]
     vec = math.gcd(16, x.shape[3], width, *[s for t in (x, y) for s in t.stride()[:3]])
     # A lane's own columns are 16 bytes, where they are aligned; else as many as make the others few.
     piece = math.gcd(vec, 16 // min(dtype.itemsize, 4))
-    return vec, piece, 4 if piece == 4 or stride == 2 or width <= 4 else 8
+    behind = (kernel - 1) * dilation - front - stride + 1
+    pieces = {"PIECE": piece, "FRONT": power_of_two(front, 1, piece), "BACK": power_of_two(behind, 1, piece)}
+    return vec, 4 if piece == 4 or stride == 2 or width <= 4 else 8, pieces
 
 
 def _planes(
@@ -782,8 +792,8 @@ def _planes(
 ) -> Prepared:  # fmt: skip
     """The launch of depthwise_planes_kernel. front: the padding in front; flip: for dgrad, whose launch is given no bias."""
     images, channels, height, width = y.shape
-    vec, piece, v = _pieces(dtype, x, y, stride[1])
-    chosen = planes_config(device, dtype, piece >= 4, height, cdiv(width, v), math.prod(weight.shape[2:]))
+    vec, v, pieces = _pieces(dtype, x, y, weight.shape[3], stride[1], front[1], dilation[1])
+    chosen = planes_config(device, dtype, pieces["PIECE"] >= 4, height, cdiv(width, v), math.prod(weight.shape[2:]))
     programs = cdiv(images * channels, chosen["ROWS"]) * cdiv(height, chosen["T"]) * cdiv(width, chosen["LANES"] * v)
     return Prepared(
         depthwise_planes_kernel, (programs,), *([None] if flip else []),
@@ -791,7 +801,7 @@ def _planes(
         *[s // vec for t in (x, y) for s in t.stride()[:3]], weight.stride(0), *weight.stride()[2:],
         1 if bias_stride is None else bias_stride,
         **geometry_of(weight.shape[2:], stride, front, dilation), FLIP=flip, MULTIPLIER=channels // x.shape[1],
-        HAS_BIAS=bias_stride is not None, VEC=vec, V=v, PIECE=piece, ACCUMULATOR=config.accumulator(dtype), **chosen,
+        HAS_BIAS=bias_stride is not None, VEC=vec, V=v, **pieces, ACCUMULATOR=config.accumulator(dtype), **chosen,
     )  # fmt: skip
 
 
@@ -916,9 +926,9 @@ def _planes_wgrad(
 ) -> tuple[Prepared, tuple[int, int, int]]:
     images, channels, height, width = dy.shape
     taps = math.prod(kernel)
-    vec, piece, v = _pieces(dtype, x, dy, stride[1])
-    v = v if piece >= 4 else 4  # every column that comes alone is a load in flight, and a register
-    chosen = planes_wgrad_config(device, dtype, piece >= 4, height, cdiv(width, v), taps)
+    vec, v, pieces = _pieces(dtype, x, dy, kernel[1], stride[1], front[1], dilation[1])
+    v = v if pieces["PIECE"] >= 4 else 4  # every column that comes alone is a load in flight, and a register
+    chosen = planes_wgrad_config(device, dtype, pieces["PIECE"] >= 4, height, cdiv(width, v), taps)
     blocks, parts = cdiv(channels, chosen["ROWS"]), cdiv(width, chosen["LANES"] * v)
     steps = images * cdiv(height, chosen["T"])
     splits = min(steps, cdiv(WAVES * config.target_of(device).sms, blocks * parts))
@@ -927,7 +937,7 @@ def _planes_wgrad(
         images, channels, height, width // vec, x.shape[2], x.shape[3] // vec, cdiv(steps, max(splits, 1)),
         *[s // vec for t in (dy, x) for s in t.stride()[:3]],
         **geometry_of(kernel, stride, front, dilation), MULTIPLIER=channels // x.shape[1],
-        EVEN_T=height % chosen["T"] == 0, EVEN_V=width % v == 0, VEC=vec, V=v, PIECE=piece,
+        EVEN_T=height % chosen["T"] == 0, EVEN_V=width % v == 0, VEC=vec, V=v, **pieces,
         ACCUMULATOR=config.accumulator(dtype), **chosen,
     ), (splits * parts, taps, channels)  # fmt: skip
 

@@ -123,7 +123,8 @@ MUTANTS = [
         "totals[1] - totals[1] // 2, totals[1] // 2]",
     ),
     Mutant("planes: columns of a lane in another order", KERNELS, "return (c0, c1, c2, c3)", "return (c0, c2, c1, c3)"),
-    Mutant("planes: the next row read as padding", KERNELS, "mask=mask[:, None] & (block < width)", "mask=mask[:, None]"),
+    Mutant("planes: the next row read as padding", KERNELS, "& (block >= 0) & (block < width)", "& (block >= 0)"),
+    Mutant("planes: a piece of the row before read", KERNELS, "& (block >= 0) & (block < width)", "& (block < width)"),
     Mutant(
         "planes: the row before read as padding", KERNELS, "mask & (column >= 0) & (column < width)", "mask & (column < width)"
     ),
