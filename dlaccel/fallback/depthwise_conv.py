@@ -176,7 +176,7 @@ def _wgrad_by_convolution(dy: Tensor, kernel: Ints, dilation: Ints, channels_las
 def forward_is_atens(x: Tensor, weight: Tensor, padding: int) -> bool:
     """Whether the forward below is one call of aten's with the same arguments, by sizes alone."""
     channels, one, _, width = weight.shape
-    ragged = channels % BLOCK > 0 and x.dim() == 4 and _ragged(x, x.shape, (1, 1), suggests_channels_last(x))
+    ragged = channels % BLOCK > 0 and x.dim() == 4 and x.is_contiguous() and _ragged(x, x.shape, (1, 1), False)
     return one == 1 and x.shape[-3] == channels and padding <= MAX_PADDING and width < HANGS and not ragged
 
 
