@@ -461,6 +461,10 @@ def test_explain_names_the_formulation() -> None:
     if fallback._onednn(x):
         found = dlaccel.explain("depthwise_conv2d_wgrad", x, x, weight.shape, *options)
         assert "dy as its filter" in found.kernel
+        filters = torch.empty(8, 72, 32, 32), torch.empty(72, 1, 5, 5)
+        assert "images in the channels" in dlaccel.explain("depthwise_conv2d_dgrad", *filters, (8, 72, 32, 32), *options).kernel
+        filters = torch.empty(8, 144, 32, 32), torch.empty(144, 1, 5, 5)  # two of each channel: full blocks
+        assert "images" not in dlaccel.explain("depthwise_conv2d_dgrad", *filters, (8, 72, 32, 32), *options).kernel
     found = dlaccel.explain("depthwise_conv2d_wgrad", x, x, (64, 1, 3, 3), *options)
     assert "convolution_backward" in found.kernel
     with dlaccel.use_backend("triton"):

@@ -299,6 +299,7 @@ def explain(name: str, *args: Any) -> str:
         multiplier = dy.shape[1] // shape[1]
         composed = _dgrad_by_convolution(dy, other.shape[2:], multiplier, stride, padding, dilation, channels_last)
         how = "aten.convolution of dy with flipped weights" if composed else "aten.convolution_backward"
-        return how + (", images in the channels" if _ragged(dy, shape, (1, 1), channels_last) else "")
+        result = (shape[0], dy.shape[1], *shape[2:])  # before the filters of a channel are added up
+        return how + (", images in the channels" if _ragged(dy, result, (1, 1), channels_last) else "")
     composed = _wgrad_by_convolution(dy, shape[2:], dilation, channels_last)
     return "aten.convolution of x with dy as its filter" if composed else "aten.convolution_backward"
