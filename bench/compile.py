@@ -194,7 +194,7 @@ def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None =
         if cached is not None:
             found[key] = cached
         else:
-            missing[key] = (_pickled(launch), launch.name, target)
+            missing[key] = (pickled(launch), launch.name, target)
     if missing:
         with contextlib.nullcontext() if _workers and not keep else workers(processes, len(missing), keep=keep):
             for key, report in _compile_all(missing):
@@ -394,7 +394,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _pickled(launch: Launch) -> bytes:
+def pickled(launch: Launch) -> bytes:
     buffer = io.BytesIO()
     _Pickler(buffer).dump((launch.kernel, launch.grid, launch.args, launch.options))
     return buffer.getvalue()

@@ -137,6 +137,12 @@ def merged(partial, channel, C, PARTS, MERGE: tl.constexpr):
 
 
 @triton.jit
+def values_in(rows, S):
+    """In 64 bits: a channel may have 2^31 values and more."""
+    return (tl.full((), 0, tl.int64) + rows) * S
+
+
+@triton.jit
 def one_in(count):
     """1 / count in float64. Divisions in float64 are long: dividing once and multiplying saves a tenth of the instructions."""
     return 1.0 / (tl.full((), 0.0, tl.float64) + count)
@@ -199,7 +205,7 @@ def statistics_kernel(
     valid = channel < C
     x += block.to(tl.int64) * stride_xb * VEC
     S = N * VEC if RUNS else 1
-    count = R * S
+    count = tl.minimum(values_in(R, S), 2147483647).to(tl.int32)  # enough to draw samples from
     position = tl.arange(0, SAMPLES) * tl.maximum(count // SAMPLES, 1)
     of_row = (position // S).to(tl.int64)[:, None] * stride_xr * VEC
     of_column = ((position % S).to(tl.int64)[:, None] if RUNS else channel.to(tl.int64)[None, :]) * stride_xn
@@ -252,7 +258,7 @@ def normalise_kernel(
     channel = channels_of(block, BLOCK_N, RUNS)
     valid = channel < C
     if TRAINING:
-        per_value = one_in(R * (N * VEC if RUNS else 1))
+        per_value = one_in(values_in(R, N * VEC if RUNS else 1))
         delta = merged(sums, channel, C, PARTS, MERGE) * per_value
         var = merged(squares, channel, C, PARTS, MERGE) * per_value - delta * delta
         var = tl.where(var < 0, 0.0, var)  # not maximum: NaN stays
@@ -546,7 +552,8 @@ class Walk(NamedTuple):
         copied = tuple(one is not None and strides is None for one, strides in zip(layouts, found, strict=True))
         of_outputs = view.strides(shape, layout)
         every = [*(of_outputs if copy else strides for copy, strides in zip(copied, found, strict=True)), of_outputs]
-        vec = math.gcd(16, view.S if view.S > 1 else view.C, *[n for s in every if s is not None for n in s[:2]])
+        inside = view.S if view.S > 1 else view.C
+        vec = math.gcd(16, inside, *[n for s in every if s is not None for n in s[:2]]) if inside < 2**31 else 1
         flat = tuple(n for s in every for r, b, n in [s or (0, 0, 0)] for n in (r // vec, b // vec, n))
         return cls(view, copied, flat, vec)
 

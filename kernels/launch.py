@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)  # fixed for the process: @triton.jit reads it when it decorates
 COUNTS: Counter[str] = Counter()  # launches by kernel name
 
-_MAX_GRID = (2**31 - 1, 65535, 65535)
+_MAX_PROGRAMS = 2**31 - 1  # all axes together: Triton's launcher multiplies them in 32 bits, and starts nothing beyond
+_MAX_ACROSS = 65535  # on the second and the third axis
 _interpreter_lock = threading.RLock()  # the interpreter patches triton.language while a kernel runs
 _recorded: list[Launch] | None = None
 
@@ -67,8 +69,9 @@ class Prepared:
     __slots__ = ("_padded_grid", "_rest", "_variant", "grid", "kernel", "name", "numbers", "options")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **options: Any) -> None:
-        if 0 not in grid and (grid[0] > _MAX_GRID[0] or (len(grid) > 1 and max(grid[1:]) > _MAX_GRID[1])):
-            raise RuntimeError(f"{kernel.__name__}: a grid of {grid} is larger than a device takes, {_MAX_GRID}")
+        too_large = math.prod(grid) > _MAX_PROGRAMS or (len(grid) > 1 and max(grid[1:]) > _MAX_ACROSS)
+        if 0 not in grid and too_large:
+            raise RuntimeError(f"{kernel.__name__}: a grid of {grid} is larger than what can be launched")
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         self.name: str = kernel.__name__
         self._padded_grid = (*grid, 1, 1)[:3]

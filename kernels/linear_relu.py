@@ -100,7 +100,7 @@ def prepass_config(target: Target, dtype: torch.dtype, M: int, N: int) -> Config
         return {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 32}
     # 16 rows of float32 spill 8 bytes on sm_120 with Triton 3.6.
     block_m, block_n = 8 if dtype == torch.float32 and target.at_least(120) else 16, 256
-    programs = PREPASS_WAVES * target.sms // cdiv(N, block_n)
+    programs = PREPASS_WAVES * target.sms // max(cdiv(N, block_n), 1)
     rows = block_m * power_of_two(M // max(block_m * programs, 1), 1, 64)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "ROWS": rows, "num_warps": 4}
 
@@ -196,9 +196,11 @@ def relu_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     ACCUMULATOR: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """dz for ROWS rows of BLOCK_N columns, and their sum: row program_id(1) of partial_db (programs, N)."""
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1).to(tl.int64) * ROWS
+    """dz for ROWS rows of BLOCK_N columns, and their sum: row `part` of partial_db (parts, N)."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = part.to(tl.int64) * ROWS
     column = columns.to(tl.int64)[None, :]
     db = tl.zeros((BLOCK_N,), dtype=ACCUMULATOR)
     for start in range(0, ROWS, BLOCK_M):
@@ -211,7 +213,7 @@ def relu_backward_kernel(
         if BIAS_GRADIENT:
             db += tl.sum(dz_block, axis=0)
     if BIAS_GRADIENT:
-        tl.store(partial_db + tl.program_id(1).to(tl.int64) * N + columns, db, mask=columns < N)
+        tl.store(partial_db + part.to(tl.int64) * N + columns, db, mask=columns < N)
 
 
 def _as_2d(t: Tensor) -> Tensor:
@@ -267,9 +269,13 @@ def _forward_plan(
 def _uses_tma(
     target: Target, dtype: torch.dtype, sizes: tuple[int, int, int], stride: tuple[int, ...], weight_stride: tuple[int, ...]
 ) -> bool:
-    """Hopper and later multiply 16-bit operands at full rate only from descriptors, which want 16-byte rows."""
+    """Hopper and later multiply 16-bit operands at full rate only from descriptors, which want 16-byte rows.
+
+    Rows that overlap (a stride of 0) are not given to a descriptor: no documentation says that the driver takes them.
+    """
+    _, n, k = sizes
     hopper = target.at_least(90) and not target.at_least(120)
-    aligned = all(along == 1 and across % 8 == 0 for across, along in (stride, weight_stride)) and sizes[1] % 8 == 0
+    aligned = all(along == 1 and across % 8 == 0 and across >= k for across, along in (stride, weight_stride)) and n % 8 == 0
     return hopper and dtype.itemsize == 2 and aligned and 0 not in sizes
 
 
@@ -307,7 +313,7 @@ def _backward_plan(
     chosen = prepass_config(device, dtype, M, N)
     blocks = cdiv(M, chosen["ROWS"])
     return Prepared(
-        relu_backward_kernel, (cdiv(N, chosen["BLOCK_N"]), blocks), M, N, *dy_stride, *y_stride,
+        relu_backward_kernel, (cdiv(N, chosen["BLOCK_N"]) * blocks,), M, N, *dy_stride, *y_stride,
         ACCUMULATOR=config.accumulator(dtype), BIAS_GRADIENT=bias_gradient, **chosen,
     ), blocks  # fmt: skip
 

@@ -1,6 +1,7 @@
 """How the tests run, with or without a GPU: `python -m pytest tests -q`.
 
 Without a GPU, kernels run in Triton's interpreter, checked (interp_checks.py). With one, they are compiled and run on it.
+DLACCEL_EMULATE=sm_90 compiles them for that GPU and runs their PTX on the CPU (ptx/).
 
     --require-gpu     a test that needs a GPU fails without one, instead of being skipped
     --slow            also the tests marked slow (as does a -m expression that names slow)
@@ -42,7 +43,7 @@ if importlib.util.find_spec("expecttest") is None:  # torch's own test helpers i
 
 torch.backends.disable_global_flags = lambda: None  # which the same helpers call when imported; tests may set torch.backends.*
 
-from tests.kit import DEVICE, INTERPRET  # noqa: E402
+from tests.kit import DEVICE, EMULATED, INTERPRET  # noqa: E402
 
 try:
     import hypothesis
@@ -67,7 +68,7 @@ def why_no_triton() -> str | None:
     """Why Triton kernels cannot run here."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not INTERPRET:
+    if not INTERPRET and not EMULATED:
         return None if torch.cuda.is_available() else "no GPU, and TRITON_INTERPRET is not 1"
     import numpy
     import triton
@@ -83,7 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    how = why_no_triton() or ("interpreted" if INTERPRET else "compiled")
+    how = why_no_triton() or ("interpreted" if INTERPRET else f"compiled for {EMULATED}, emulated" if EMULATED else "compiled")
     return f"dlaccel: torch {torch.__version__}, tensors on {DEVICE}; Triton kernels: {how}"
 
 
@@ -107,6 +108,12 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def checked_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
+    if EMULATED and not why_no_triton():
+        from tests.ptx import emulated
+
+        with emulated(EMULATED):
+            yield
+        return
     if not INTERPRET or why_no_triton():
         yield
         return

@@ -1,6 +1,7 @@
 """Small helpers of the tests: where they run, layouts, cotangents, poison, "inputs unchanged", the acceptance rule.
 
 DEVICE, INTERPRET            where tensors of a test live; whether kernels are interpreted
+EMULATED                     the GPU whose compiled kernels tests/ptx runs on the CPU, or ""
 LAYOUTS[name](t)             the same shape (and, but for expanded ones, the same values) with other strides; detached
 COTANGENTS[name](y)          a gradient for y: dense, stride 0, laid out differently
 poisoned()                   context: torch.empty and its relatives are filled with NaN (maximum, True)
@@ -26,8 +27,9 @@ from dlaccel.bench.accuracy import close_enough
 Function = Callable[..., Tensor]
 
 ROOT = Path(__file__).resolve().parents[1]
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+EMULATED = os.environ.get("DLACCEL_EMULATE", "")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" and not EMULATED
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET and not EMULATED else "cpu"
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------

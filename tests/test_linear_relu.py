@@ -192,8 +192,6 @@ def test_descriptors_only_where_they_fit(change: str) -> None:
             weight = torch.randn(n, 2 * k).half()[:, ::2]
         elif change == "x expanded":
             x = x[:1].expand(16, k)
-            assert uses_descriptors()  # a row stride of 0 is a multiple of 16 bytes
-            return
         assert not uses_descriptors()
 
 
