@@ -153,7 +153,7 @@ def warpgroup(i: Instruction) -> Step:
             if "{" in left:
                 a = _left(_elements(x, names(left), kind)[first : first + 4]).reshape(64, depth)
             else:
-                a = _described(x, left, 32 * first, 64, depth, kind, transposed[0])
+                a = _described(x, left, 32 * first, 64, depth, kind, bool(transposed and transposed[0]))
             b = _described(x, right, 32 * first, columns, depth, kind, bool(transposed and transposed[-1]))
             product = (a.astype(np.float64) @ b.T).reshape(4, 16, columns)
             total[first : first + 4] += product[:, row, column]

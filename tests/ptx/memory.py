@@ -57,6 +57,8 @@ class Memory:
         view = self.bytes.view(f"u{width}")
         for i, value in enumerate(values):
             view[index + i] = value
+            if (view[index + i] != value).any():
+                raise Fault(f"memory: threads of one store disagree on what {self.name} memory holds")
 
 
 def _zeros(size: int) -> Array:
@@ -103,8 +105,8 @@ class Tensors(Memory):
 
 
 def _one_of_each(t: Tensor) -> Tensor:
-    """Without what expanded dimensions repeat."""
-    return t.detach().as_strided([n if s else 1 for n, s in zip(t.shape, t.stride(), strict=True)], t.stride())
+    """Without what expanded dimensions repeat, and unknown to autograd."""
+    return t.data.as_strided([n if s else 1 for n, s in zip(t.shape, t.stride(), strict=True)], t.stride())
 
 
 # --- shared ---
