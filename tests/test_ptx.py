@@ -186,16 +186,24 @@ def test_both_passes_in_one_launch(channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_separable_conv_in_one_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_separable_conv_in_one_kernel(dtype: torch.dtype) -> None:
     x, w, p = (
         normal(2, 64, 12, 8, dtype=dtype, channels_last=True),
         normal(64, 1, 3, 3, dtype=dtype),
         normal(72, 64, 1, 1, dtype=dtype),
     )
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")  # float32 has no kernel without
     config = separable_conv._blocks(dtype, 64)
-    with dlaccel.use_backend("triton"), emulated("sm_90") as ran, torch.no_grad(), separable_conv.forward_config.using(config):
-        y = F.separable_conv2d(x, w, p, padding=1)
+    precision, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "tf32"
+    try:
+        with (
+            dlaccel.use_backend("triton"),
+            emulated("sm_90") as ran,
+            torch.no_grad(),
+            separable_conv.forward_config.using(config),
+        ):
+            y = F.separable_conv2d(x, w, p, padding=1)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision
     assert ran == ["separable_forward_kernel"]
     exact = Torch.conv2d(Torch.conv2d(x.double(), w.double(), padding=1, groups=64), p.double())
     assert (y.double() - exact).abs().max() <= 2.0**-7 * exact.abs().max()
