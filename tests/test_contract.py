@@ -503,6 +503,24 @@ def test_export(sample: Case, backend: str) -> None:
     close(program.module()(tensors), bound(*tensors))
 
 
+@pytest.mark.parametrize("sample", FIRST, ids=id_of)
+def test_compile_and_export_in_auto(sample: Case) -> None:
+    """What a public function asks before it calls aten must not reach the tracer."""
+    torch._dynamo.reset()
+    bound = ours(sample, torch.float32)
+    f = torch.compile(bound, fullgraph=True, backend="eager")
+    g = COTANGENTS["stride 0"]
+    close(with_gradients(f, bound.tensors, g), with_gradients(bound, bound.tensors, g))
+
+    class Model(torch.nn.Module):
+        def forward(self, tensors: tuple[Tensor, ...]) -> Tensor:
+            return bound(*tensors)
+
+    tensors = tuple(t.detach() for t in bound.tensors)
+    program = torch.export.export(Model(), (tensors,), strict=True)
+    close(program.module()(tensors), bound(*tensors))
+
+
 @over(NONEMPTY, "torch")
 def test_flops(sample: Case, backend: str) -> None:
     """As torch's formula counts them, or where a family says that it is wrong (COUNTER_DIFFERS), as the case's own."""

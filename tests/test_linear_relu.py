@@ -235,6 +235,19 @@ def test_the_fallback_keeps_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(F.linear_relu(x, torch.eye(2)).isnan(), x.isnan() | torch.tensor([[False, True], [False, False]]))
 
 
+@pytest.mark.parametrize("dtype, device", [(torch.float64, "cpu"), (torch.float32, "meta")], ids=["float64", "meta"])
+def test_torchs_defaults_do_not_change_the_processor(dtype: torch.dtype, device: str) -> None:
+    want, before = fallback.onednn_family(), torch.get_default_dtype()
+    fallback.onednn_family.cache_clear()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            assert fallback.onednn_family() == want
+    finally:
+        torch.set_default_dtype(before)
+        fallback.onednn_family.cache_clear()
+
+
 def test_auto_calls_aten_where_that_is_as_fast() -> None:
     LAUNCHES.clear()
     y = F.linear_relu(*tensors(4, 5, 6))
