@@ -577,6 +577,18 @@ def test_every_op_is_documented_and_explained() -> None:
         assert callable(op.floor("torch").explain), name
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("sample", NONEMPTY, ids=id_of)
+def test_explain_tells_what_auto_runs(sample: Case, with_gradients: bool) -> None:
+    f = ours(sample, torch.float32)
+    tensors = f.tensors if with_gradients else [t.detach() for t in f.tensors]
+    explained = Bound(sample, functools.partial(dlaccel.explain, sample.op), torch.float32)
+    kernel = explained(*tensors).kernel
+    LAUNCHES.clear()
+    f(*tensors)
+    assert (kernel == "aten") == (not LAUNCHES)
+
+
 @over(FIRST, "torch")
 def test_compiled_autograd(sample: Case, backend: str) -> None:
     f = ours(sample, torch.float32)
