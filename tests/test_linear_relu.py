@@ -276,6 +276,24 @@ def test_calls_of_aten_raise_the_same_errors() -> None:
         F.linear_relu(torch.ones(2, 3).int(), torch.ones(4, 3).int())
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        (torch.ones(2, 3), torch.ones(3)),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(())),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(1)),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)),
+        (torch.ones(2, 3).int(), torch.ones(4, 3).int()),
+    ],
+    ids=["1-d weight", "() bias", "(1,) bias", "(M, N) bias", "integers"],
+)
+def test_deviations(backend: str, given: tuple[Tensor, ...]) -> None:
+    """What torch takes and docs/ops/linear_relu.md says is refused."""
+    eager(*given)
+    with pytest.raises(RuntimeError, match=r"linear_relu: (weight|bias|x): expected"):
+        F.linear_relu(*given)
+
+
 # ---- the module -----------------------------------------------------------------------------------------------------
 
 
