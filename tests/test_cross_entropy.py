@@ -654,6 +654,15 @@ def test_module_is_torchs() -> None:
     assert math.isclose(module(torch.zeros(2, 5), torch.tensor([1, 2])).item(), math.log(5), rel_tol=1e-6)
 
 
+def test_module_accumulates_and_fuses(backend: str) -> None:
+    x, weight = logits(6, 5), weights(5)
+    target = torch.tensor([1, 2, 3, -100, -100, 4], device=DEVICE)
+    module = CrossEntropyLoss(weight, fused=True)
+    loss = module(x[:3], target[:3], num_items=4) + module(x[3:], target[3:], torch.tensor(4, device=DEVICE))
+    torch.testing.assert_close(loss, theirs(x, target, weight, reduction="sum") / 4)
+    assert module(x, target).grad_fn.owned is not None and CrossEntropyLoss(weight).fused is None
+
+
 def test_reference_is_torchs() -> None:
     """The float64 reference of the contract tests, against torch."""
     x = torch.randn(4, 5, 3, dtype=torch.float64)
