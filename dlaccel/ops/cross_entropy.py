@@ -554,8 +554,8 @@ def _loss(
         if prob:
             check_prob(x, target, weight, reduction, smoothing, wide, 0)
         else:
-            casts = wide or (weight is not None and torch.is_autocast_enabled("cpu"))  # weights of any dtype
-            check(x, target, weight, ignore_index, reduction, smoothing, casts, 0)
+            casts = weight is not None and torch.is_autocast_enabled("cpu")  # then weights may have another dtype
+            check(x, target, weight, ignore_index, reduction, smoothing, wide or casts, 0)
         if fused is None and (prob or not _op_is_faster(x, reduction, needs_grad)):
             # Where an ignored row holds NaN aten's gradient has NaN too.
             strange = not prob and needs_grad and bool((target == ignore_index).any()) and not x.detach().sum().isfinite()
