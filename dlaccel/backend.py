@@ -8,7 +8,8 @@ Environment variables, all of them read at import:
     DLACCEL_BACKEND    auto | triton | torch: the backend at start (default auto)
     DLACCEL_CHECK      1: the Triton kernels' callers check data-dependent arguments (targets), at the price of a host sync
     DLACCEL_CACHE_DIR  folder of tuned configurations (default $XDG_CACHE_HOME/dlaccel, ~/.cache/dlaccel)
-    DLACCEL_LOG        a logging level such as INFO: print the choice of backend, once per op and reason, to stderr
+    DLACCEL_LOG        a logging level such as INFO: print the backend of every operator that runs, once per reason, to stderr
+                       (where `auto` calls aten on the CPU instead, none does; `explain` says where)
 """
 
 from __future__ import annotations

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dlaccel import functional
 from dlaccel.backend import decide
+from dlaccel.ops._common import Explaining
 from dlaccel.ops._register import NAMESPACE, REGISTRY, Op
+
+_read: Any = torch.ops.aten._local_scalar_dense.default  # Tensor.item and bool(tensor); 0 says that no value is special
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Explanation:
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend and kernel would run `op(*args, **kwargs)`, and why; nothing is computed.
+
+    The tensors' values are not looked at: what runs instead where they are NaN or infinite is not told.
 
     op: a function of `dlaccel.functional`, or its name; or the name of a registered operator `torch.ops.dlaccel.<name>` with
     that operator's positional arguments, of which missing ones take their defaults. A function that calls several operators
@@ -65,17 +69,21 @@ def _explanation(op: Op, args: tuple[Any, ...]) -> Explanation:
 
 def _explained(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Explanation]:
     """What the operators of one call would run on. The first sees the caller's tensors, later ones fake results of it."""
-    from torch._subclasses import FakeTensorMode
+    from torch._subclasses import FakeTensor, FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     callers = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     found: list[Explanation] = []
 
-    class Recorder(TorchDispatchMode):
+    class Recorder(Explaining):
+        plain = (Tensor, FakeTensor)
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             # Other real tensors belong to probes, which must run, for their answers are kept.
-            with fake if any(id(t) in callers for t in tree_leaves((args, kwargs))) else contextlib.nullcontext():
-                outputs = func(*args, **(kwargs or {}))
+            ours = tree_map_only(Tensor, lambda t: fake.from_tensor(t) if id(t) in callers else t, (args, kwargs or {}))
+            if func is _read and isinstance(ours[0][0], FakeTensor):
+                return 0
+            outputs = func(*ours[0], **ours[1])
             if func.namespace == NAMESPACE:
                 found.append(_explanation(REGISTRY[func._opname], args))
             return outputs

@@ -182,7 +182,8 @@ def depthwise_conv2d(
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`relu(x @ weight.T + bias)`: `torch.relu(torch.nn.functional.linear(x, weight, bias))` in one operator.
 
-    NaN passes through, -0.0 stays, and the gradient at 0 is 0, as in torch. For `relu(a @ b)` pass `weight=b.mT`.
+    NaN passes through, -0.0 stays, and the gradient at 0 is 0, as in torch; docs/ops/linear_relu.md lists the deviations. For
+    `relu(a @ b)` pass `weight=b.mT`.
 
     Args:
         x: (\\*, K), floating point, any strides.
@@ -193,7 +194,7 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         (\\*, N), contiguous, in x's dtype (under autocast in autocast's).
 
     Raises:
-        RuntimeError: shapes do not match, or dtypes or devices differ.
+        RuntimeError: shapes do not match, dtypes or devices differ, or they are not floating point.
 
     >>> y = linear_relu(torch.randn(32, 784), torch.randn(512, 784), torch.zeros(512))
     """

@@ -117,12 +117,17 @@ class BatchNormReLU3d(_Activated, torch.nn.BatchNorm3d):
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss`: same arguments, same buffer `weight`, same results.
 
-    Input (N, C, \\*) or (C,), target of classes or probabilities; see `dlaccel.functional.cross_entropy`.
+    Input (N, C, \\*) or (C,), target of classes or probabilities; see `dlaccel.functional.cross_entropy`. Its `fused` is an
+    argument of the module, and its `num_items`, which changes from step to step, one of the call.
 
     >>> loss = CrossEntropyLoss(label_smoothing=0.1)(torch.randn(32, 10), torch.randint(10, (32,)))
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def __init__(self, *args: Any, fused: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fused = fused
+
+    def forward(self, input: Tensor, target: Tensor, num_items: float | Tensor | None = None) -> Tensor:
         return F.cross_entropy(
             input,
             target,
@@ -130,6 +135,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            num_items=num_items,
+            fused=self.fused,
         )
 
 

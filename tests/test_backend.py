@@ -16,6 +16,7 @@ import dlaccel.functional as F
 from dlaccel import backend
 from dlaccel.fallback import linear_relu as fallback
 from dlaccel.ops._register import LAUNCHES, REGISTRY
+from tests.kit import unchanged
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +105,22 @@ def test_explain_computes_nothing_and_checks_the_arguments() -> None:
         dlaccel.explain("relu", torch.ones(2))
     with pytest.raises(RuntimeError, match="weight: expected"):
         dlaccel.explain("linear_relu", torch.ones(2, 3), torch.ones(4, 3).double())
+
+
+def test_explain_decides_without_values_and_leaves_state_alone() -> None:
+    x, target = torch.randn(4, 3).half().requires_grad_(), torch.tensor([0, -100, 2, 1])  # float16 losses are looked at
+    assert dlaccel.explain("cross_entropy", x, target).kernel == "aten"
+    state = [torch.zeros(3), torch.ones(3), torch.tensor(0)]
+    with unchanged(*state):
+        found = dlaccel.explain("batch_norm", x.float(), *state[:2], training=True, num_batches_tracked=state[2])
+    assert found.kernel == "aten"
+
+
+def test_calls_of_aten_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    backend._logged.clear()
+    with caplog.at_level(logging.INFO, "dlaccel"):
+        F.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert not caplog.records
 
 
 def test_info_lists_versions_devices_and_ops() -> None:

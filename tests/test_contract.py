@@ -503,6 +503,24 @@ def test_export(sample: Case, backend: str) -> None:
     close(program.module()(tensors), bound(*tensors))
 
 
+@pytest.mark.parametrize("sample", FIRST, ids=id_of)
+def test_compile_and_export_in_auto(sample: Case) -> None:
+    """What a public function asks before it calls aten must not reach the tracer."""
+    torch._dynamo.reset()
+    bound = ours(sample, torch.float32)
+    f = torch.compile(bound, fullgraph=True, backend="eager")
+    g = COTANGENTS["stride 0"]
+    close(with_gradients(f, bound.tensors, g), with_gradients(bound, bound.tensors, g))
+
+    class Model(torch.nn.Module):
+        def forward(self, tensors: tuple[Tensor, ...]) -> Tensor:
+            return bound(*tensors)
+
+    tensors = tuple(t.detach() for t in bound.tensors)
+    program = torch.export.export(Model(), (tensors,), strict=True)
+    close(program.module()(tensors), bound(*tensors))
+
+
 @over(NONEMPTY, "torch")
 def test_flops(sample: Case, backend: str) -> None:
     """As torch's formula counts them, or where a family says that it is wrong (COUNTER_DIFFERS), as the case's own."""
@@ -557,6 +575,18 @@ def test_every_op_is_documented_and_explained() -> None:
         assert len(implementation(op).__doc__ or "") > 200
     for name, op in REGISTRY.items():
         assert callable(op.floor("torch").explain), name
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("sample", NONEMPTY, ids=id_of)
+def test_explain_tells_what_auto_runs(sample: Case, with_gradients: bool) -> None:
+    f = ours(sample, torch.float32)
+    tensors = f.tensors if with_gradients else [t.detach() for t in f.tensors]
+    explained = Bound(sample, functools.partial(dlaccel.explain, sample.op), torch.float32)
+    kernel = explained(*tensors).kernel
+    LAUNCHES.clear()
+    f(*tensors)
+    assert (kernel == "aten") == (not LAUNCHES)
 
 
 @over(FIRST, "torch")

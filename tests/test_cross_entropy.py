@@ -301,6 +301,29 @@ def test_an_average_of_float16_rows_does_not_overflow_in_auto(rows: int) -> None
     torch.testing.assert_close(x.grad[:, 1].float().sum(), torch.tensor(1 / 39 if rows == 300 else 1 / 40), rtol=2e-2, atol=0)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="auto on the CPU")
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_float16_rows_have_a_loss_of_torchs_dtype_in_auto(reduction: str, probabilities: bool) -> None:
+    for rows in (60, op.EXACT_ROWS + 1):
+        x = torch.randn(rows, 40).half()
+        dtypes = (torch.float16, torch.bfloat16, torch.float64) if probabilities else (torch.int64,)
+        for dtype in dtypes:
+            target = torch.rand(rows, 40).to(dtype) if probabilities else classes(x).cpu()
+            exact = theirs(x.double(), target.double() if probabilities else target, reduction=reduction)
+            want = exact.to(theirs(x, target, reduction=reduction).dtype)  # a mean over so many overflows there
+            torch.testing.assert_close(F.cross_entropy(x, target, reduction=reduction), want, rtol=1e-3, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="auto on the CPU")
+@pytest.mark.parametrize("rows", [300, 3000])
+def test_a_sum_beyond_float16_is_inf_in_auto(rows: int) -> None:
+    x = torch.zeros(rows, 40, dtype=torch.float16)
+    x[:, 0] = -1000.0
+    loss = F.cross_entropy(x, torch.zeros(rows, dtype=torch.int64), reduction="sum")
+    assert loss.dtype == torch.float16 and loss.item() == INF
+
+
 # ---- targets out of range -------------------------------------------------------------------------------------------
 
 
@@ -338,6 +361,14 @@ def test_checked_targets_raise_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(IndexError, match=r"Target 7 is out of bounds: at \(1, 2\), for 5 classes"):
             F.cross_entropy(x, target)
         F.cross_entropy(x, target, ignore_index=7)
+
+
+def test_what_is_no_tensor_is_refused(backend: str) -> None:
+    x = logits(2, 3)
+    for arguments in ((3, classes(x)), (x, 3), (x, classes(x), 3)):
+        for f in (F.cross_entropy, theirs):
+            with pytest.raises(TypeError, match=r"\bint\b"):
+                f(*arguments)
 
 
 def test_weights_of_class_indices_have_no_gradient(backend: str) -> None:
@@ -464,6 +495,16 @@ def test_num_items_of_a_sum_beyond_float16(backend: str) -> None:
     torch.testing.assert_close(loss.float(), torch.tensor(1001.0986, device=DEVICE), rtol=1e-3, atol=0)
 
 
+def test_num_items_is_one_number(backend: str) -> None:
+    x = logits(2, 3)
+    target = classes(x)
+    loss = F.cross_entropy(x, target, num_items=torch.tensor([4], device=DEVICE))
+    torch.testing.assert_close(loss, theirs(x, target, reduction="sum") / 4)
+    assert loss.shape == ()
+    with pytest.raises(ValueError, match="num_items: expected a number or a tensor of one element"):
+        F.cross_entropy(x, target, num_items=torch.tensor([4, 4], device=DEVICE))
+
+
 def test_num_items_needs_a_mean() -> None:
     with pytest.raises(ValueError, match="num_items: the divisor of reduction 'mean'"):
         F.cross_entropy(logits(2, 3), torch.tensor([0, 1]), reduction="sum", num_items=2)
@@ -488,6 +529,33 @@ def test_autocast(backend: str, dtype: torch.dtype, probabilities: bool) -> None
     for ours, expected in ((got, want), *zip(inside, torch.autograd.grad(want, wanted, retain_graph=True), strict=True)):
         torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="auto on the CPU")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_autocast_in_auto(dtype: torch.dtype, reduction: str) -> None:
+    """As torch, with float32 weights beside logits of a layer, and where float16 is summed in float32 without autocast."""
+    for rows, C in ((6, 9), (op.FEW_ROWS, 9), (op.EXACT_ROWS + 1, 40)):
+        x, weight = logits(rows, C, dtype=dtype), weights(C)
+        for target in (classes(x), torch.rand(rows, C)):
+            with torch.autocast("cpu", torch.bfloat16):
+                got, want = (f(x, target, weight, reduction=reduction) for f in (F.cross_entropy, theirs))
+            torch.testing.assert_close(got, want)
+            dx, expected = (torch.autograd.grad(loss.sum(), x)[0] for loss in (got, want))
+            torch.testing.assert_close(dx, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 3)], ids=str)
+def test_batched_gradients_of_the_weights(backend: str, shape: tuple[int, ...]) -> None:
+    x, target, weight = logits(*shape).detach(), torch.rand(shape, device=DEVICE), weights(4)
+
+    def derivatives(f: Any) -> list[Any]:
+        rows = torch.autograd.functional.jacobian(lambda w: f(x, target, w, reduction="none"), weight, vectorize=True)
+        mean = torch.autograd.functional.hessian(lambda x, w: f(x, target, w), (x, weight), vectorize=True)
+        return [rows, mean]
+
+    torch.testing.assert_close(derivatives(F.cross_entropy), derivatives(theirs))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float16, torch.bfloat16)], ids=str)
@@ -584,6 +652,15 @@ def test_module_is_torchs() -> None:
     module = CrossEntropyLoss(torch.rand(5))
     assert isinstance(module, torch.nn.CrossEntropyLoss) and list(module.state_dict()) == ["weight"]
     assert math.isclose(module(torch.zeros(2, 5), torch.tensor([1, 2])).item(), math.log(5), rel_tol=1e-6)
+
+
+def test_module_accumulates_and_fuses(backend: str) -> None:
+    x, weight = logits(6, 5), weights(5)
+    target = torch.tensor([1, 2, 3, -100, -100, 4], device=DEVICE)
+    module = CrossEntropyLoss(weight, fused=True)
+    loss = module(x[:3], target[:3], num_items=4) + module(x[3:], target[3:], torch.tensor(4, device=DEVICE))
+    torch.testing.assert_close(loss, theirs(x, target, weight, reduction="sum") / 4)
+    assert module(x, target).grad_fn.owned is not None and CrossEntropyLoss(weight).fused is None
 
 
 def test_reference_is_torchs() -> None:

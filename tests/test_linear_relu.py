@@ -233,6 +233,19 @@ def test_the_fallback_keeps_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(F.linear_relu(x, torch.eye(2)).isnan(), x.isnan() | torch.tensor([[False, True], [False, False]]))
 
 
+@pytest.mark.parametrize("dtype, device", [(torch.float64, "cpu"), (torch.float32, "meta")], ids=["float64", "meta"])
+def test_torchs_defaults_do_not_change_the_processor(dtype: torch.dtype, device: str) -> None:
+    want, before = fallback.onednn_family(), torch.get_default_dtype()
+    fallback.onednn_family.cache_clear()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            assert fallback.onednn_family() == want
+    finally:
+        torch.set_default_dtype(before)
+        fallback.onednn_family.cache_clear()
+
+
 def test_auto_calls_aten_where_that_is_as_fast() -> None:
     LAUNCHES.clear()
     y = F.linear_relu(*tensors(4, 5, 6))
@@ -259,6 +272,24 @@ def test_calls_of_aten_raise_the_same_errors() -> None:
         F.linear_relu(torch.ones(2, 3), torch.ones(4, 3).double())
     with pytest.raises(RuntimeError, match="linear_relu: x: expected a floating-point"):
         F.linear_relu(torch.ones(2, 3).int(), torch.ones(4, 3).int())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (torch.ones(2, 3), torch.ones(3)),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(())),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(1)),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)),
+        (torch.ones(2, 3).int(), torch.ones(4, 3).int()),
+    ],
+    ids=["1-d weight", "() bias", "(1,) bias", "(M, N) bias", "integers"],
+)
+def test_deviations(backend: str, given: tuple[Tensor, ...]) -> None:
+    """What torch takes and docs/ops/linear_relu.md says is refused."""
+    eager(*given)
+    with pytest.raises(RuntimeError, match=r"linear_relu: (weight|bias|x): expected"):
+        F.linear_relu(*given)
 
 
 # ---- the module -----------------------------------------------------------------------------------------------------

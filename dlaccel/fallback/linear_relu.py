@@ -37,7 +37,8 @@ def onednn_family() -> int:
         family = re.search(r"cpu family\s*: (\d+)", about)
         if "AuthenticAMD" not in about or family is None:
             return 0
-        a = torch.arange(6.0).view(2, 3)  # the operator is private to torch: trust it only if it still does this
+        # The operator is private to torch: trust it only if it still does this. Dtype and device may not be torch's defaults.
+        a = torch.arange(6, dtype=torch.float32, device="cpu").view(2, 3)
         if not torch.equal(_onednn(a, a[:1], None, "none", [], ""), a @ a[:1].t()):
             return 0
     except (OSError, RuntimeError, TypeError, NotImplementedError):

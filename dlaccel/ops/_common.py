@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from dlaccel.ops._autograd import transformed
 
@@ -15,9 +16,20 @@ is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
+class Explaining(TorchDispatchMode):
+    """The mode of `explain`, under which a public function decides as it does without."""
+
+    plain: tuple[type, ...] = (Tensor,)  # types of the tensors that stand for plain ones
+
+
 def plain(x: Tensor) -> bool:
     """Whether a public function may look at x and call aten instead of our operator: no subclass, transform, tracer or mode."""
-    return type(x) is Tensor and not is_compiling() and not transformed() and not _dispatch_modes()
+    if is_compiling() or transformed():
+        return False
+    if not _dispatch_modes():
+        return type(x) is Tensor
+    mode = _get_current_dispatch_mode()
+    return isinstance(mode, Explaining) and type(x) in mode.plain
 
 
 def described(t: Tensor) -> str:

@@ -344,7 +344,7 @@ class Prob:
 
     def by_class(self, t: Tensor) -> Tensor:
         """Sums over the rows: (C,)."""
-        return t if t.dim() == 1 else t.movedim(1, 0).flatten(1).sum(1)
+        return t if t.dim() == 1 else t.sum((0, *range(2, t.dim())))
 
     def centred(self, t: Tensor) -> Tensor:
         """sum_c p_c t_c - t: minus the derivative of n along t is this, and so is its transpose's for sum t = 0."""
@@ -499,9 +499,10 @@ def _by_aten(
 ) -> Tensor:
     """aten's operator: the answer of ours, with two exceptions that are mended here. Sums of float16 rows overflow in aten;
     and a matrix of a few classes is shown to it as one plane, along which it vectorises."""
-    overflows = reduction and x.dtype == torch.float16 and target.numel() > EXACT_ROWS
-    if (wide and x.element_size() == 2) or overflows:
-        return _wide_by_aten(x, target, weight, ignore_index, reduction, smoothing)
+    half = x.element_size() == 2 and not torch.is_autocast_enabled("cpu")  # which makes aten's loss float32
+    if half and reduction and (wide or (x.dtype == torch.float16 and count(x) > EXACT_ROWS)):
+        loss = _wide_by_aten(x, target, weight, ignore_index, reduction, smoothing)
+        return loss.to(result_type(wide, x, target, weight))
     if x.dim() == 2 and _fewer_than_lanes(x) and x.shape[0] >= FEW_ROWS:
         plane = target.long() if target.dim() == 1 else target.t()
         loss = _aten(x.t().unsqueeze(0), plane.unsqueeze(0), weight, reduction, ignore_index, smoothing)
@@ -517,7 +518,7 @@ def _wide_by_aten(
     x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: int, smoothing: float
 ) -> Tensor:
     """16-bit rows summed in float32."""
-    loss = _by_aten(x, target, weight, ignore_index, NONE, smoothing, False).sum(dtype=torch.float32)
+    loss = _by_aten(x, target, weight, ignore_index, NONE, smoothing, False).sum(dtype=widened(x, target, weight))
     return loss / _divisor(x, target, weight, ignore_index) if reduction == MEAN else loss
 
 
@@ -553,7 +554,8 @@ def _loss(
         if prob:
             check_prob(x, target, weight, reduction, smoothing, wide, 0)
         else:
-            check(x, target, weight, ignore_index, reduction, smoothing, wide, 0)
+            casts = weight is not None and torch.is_autocast_enabled("cpu")  # then weights may have another dtype
+            check(x, target, weight, ignore_index, reduction, smoothing, wide or casts, 0)
         if fused is None and (prob or not _op_is_faster(x, reduction, needs_grad)):
             # Where an ignored row holds NaN aten's gradient has NaN too.
             strange = not prob and needs_grad and bool((target == ignore_index).any()) and not x.detach().sum().isfinite()
@@ -581,10 +583,17 @@ def cross_entropy(
     num_items: float | Tensor | None = None,
     fused: bool | None = None,
 ) -> Tensor:
+    if not (isinstance(x, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+        got = ", ".join(type(t).__name__ for t in (x, target, weight))
+        raise TypeError(f"cross_entropy: input, target, weight: expected tensors, got {got}")
     number = torch.nn._reduction.get_enum(reduction)
     if num_items is None:
         return _loss(x, target, weight, ignore_index, number, label_smoothing, False, fused)
     if number != MEAN:
         raise ValueError(f"num_items: the divisor of reduction 'mean', got reduction {reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items: expected a number or a tensor of one element, got {described(num_items)}")
+        num_items = num_items.reshape(())
     loss = _loss(x, target, weight, ignore_index, SUM, label_smoothing, True, fused) / num_items
     return loss.to(widened(x) if torch.is_autocast_enabled(x.device.type) else x.dtype)

@@ -177,8 +177,8 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         and _backend.forced == "auto"
         and not torch.is_autocast_enabled("cpu")  # the operator casts its arguments before it checks them
         and weight.dim() == 2
+        and not is_compiling()  # before the next question: what it asks of torch once, Dynamo cannot follow
         and not fallback.beats_aten(x, weight)
-        and not is_compiling()
     ):
         check(x, weight, bias)
         return _relu_(_linear(x, weight, bias))
