@@ -168,9 +168,16 @@ def reciprocal_std(rstd_or_var, channel, C, EPS: tl.constexpr, TRAINING: tl.cons
 
 
 @triton.jit
+def on_tile(values, RUNS: tl.constexpr):
+    """A value for each channel, as tiles take it: a scalar where there is one channel, for a vector of one would be written to
+    shared memory as a whole tile to get its layout."""
+    return tl.sum(values, axis=0) if RUNS else values[None, :]
+
+
+@triton.jit
 def affine(x, mean, scale, bias):
     """The one place that makes y, so that the recomputed mask is the forward's: explicit fma, no choice for the compiler."""
-    return tl.fma(x - mean[None, :], tl.broadcast_to(scale[None, :], x.shape), tl.broadcast_to(bias[None, :], x.shape))
+    return tl.fma(x - mean, tl.broadcast_to(scale, x.shape), tl.broadcast_to(bias, x.shape))
 
 
 @triton.jit
@@ -212,7 +219,7 @@ def statistics_kernel(
     values = tl.load(x + of_row + of_column, mask=(position < count)[:, None] & valid[None, :], other=0.0)
     k = tl.sum(values.to(ACC), axis=0) / tl.minimum(count, SAMPLES)
     k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # an infinite mean stays infinite instead of turning into NaN
-    k_tile = tl.sum(k, axis=0) if RUNS else k[None, :]  # a scalar: a vector of one would go to its layout as a whole tile
+    k_tile = on_tile(k, RUNS)
     sum1 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
     sum2 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
     first = part * TILES_PER_PROGRAM
@@ -282,6 +289,7 @@ def normalise_kernel(
         mean_values = of_channel(mean, channel, C, 0.0, ACC)
         rstd = reciprocal_std(rstd_or_var, channel, C, EPS, TRAINING, ACC)
     scale, bias = rstd * of_channel(w, channel, C, 1.0, ACC), of_channel(b, channel, C, 0.0, ACC)
+    mean_tile, scale_tile, bias_tile = on_tile(mean_values, RUNS), on_tile(scale, RUNS), on_tile(bias, RUNS)
     x += block.to(tl.int64) * stride_xb * VEC
     y += block.to(tl.int64) * stride_yb * VEC
     if residual is not None:
@@ -290,7 +298,7 @@ def normalise_kernel(
     for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
         row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
         x_tile = tl.load(x + row * stride_xr * VEC + column * stride_xn, mask=inside, other=0.0, eviction_policy=DROP)
-        z = affine(x_tile.to(ACC), mean_values, scale, bias)
+        z = affine(x_tile.to(ACC), mean_tile, scale_tile, bias_tile)
         if residual is not None:
             of_z = row * stride_zr * VEC + column * stride_zn
             z += tl.load(residual + of_z, mask=inside, other=0.0, eviction_policy=DROP).to(ACC)
@@ -400,6 +408,7 @@ def reduce_kernel(
     mean_values = of_channel(mean, channel, C, 0.0, ACC)
     rstd = reciprocal_std(rstd_or_var, channel, C, EPS, TRAINING, ACC)
     scale, bias = rstd * of_channel(w, channel, C, 1.0, ACC), of_channel(b, channel, C, 0.0, ACC)
+    mean_tile, scale_tile, bias_tile = on_tile(mean_values, RUNS), on_tile(scale, RUNS), on_tile(bias, RUNS)
     sum1 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
     sum2 = tl.zeros((BLOCK_R, BLOCK_N), dtype=ACC)
     dy += block.to(tl.int64) * stride_gb * VEC
@@ -412,13 +421,13 @@ def reduce_kernel(
         x_tile = tl.load(x + to_x, mask=inside, other=0.0, eviction_policy=KEEP).to(ACC)
         to_dy, to_y = row * stride_gr * VEC + column * stride_gn, y_base + row * stride_yr * VEC + column * stride_yn
         g = masked_gradient(
-            dy + to_dy, None if y is None else y + to_y, x_tile, mean_values, scale, bias, inside,
+            dy + to_dy, None if y is None else y + to_y, x_tile, mean_tile, scale_tile, bias_tile, inside,
             ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC, HINT,
         )  # fmt: skip
         if dresidual is not None:
             tl.store(dresidual + to_y, g.to(dresidual.dtype.element_ty), mask=inside, eviction_policy=KEEP)
         sum1 += g  # 0 outside of the tensor
-        sum2 += g * (x_tile - mean_values[None, :])
+        sum2 += g * (x_tile - mean_tile)
     partial = part.to(tl.int64) * C + channel
     tl.store(sums + partial, sum_per_channel(sum1, RUNS), mask=valid)
     tl.store(dots + partial, sum_per_channel(sum2, RUNS), mask=valid)
@@ -450,11 +459,12 @@ def gradient_kernel(
                 tl.store(db + channel, total.to(db.dtype.element_ty), mask=valid)
         if PROJECT:
             per_value = one_in(count)
-            of_mean, of_rstd = (total * per_value).to(ACC), (dot * per_value * rstd).to(ACC)
+            of_mean, of_rstd = on_tile((total * per_value).to(ACC), RUNS), on_tile((dot * per_value * rstd).to(ACC), RUNS)
     if dx is not None:
         dy += block.to(tl.int64) * stride_gb * VEC
         x += block.to(tl.int64) * stride_xb * VEC
         y_base = block.to(tl.int64) * stride_yb * VEC
+        mean_tile, scale_tile, bias_tile = on_tile(mean_values, RUNS), on_tile(scale, RUNS), on_tile(bias, RUNS)
         first = part * TILES_PER_PROGRAM
         for tile in range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES)):
             row, column, inside = tile_at(tile, block, R, N, BLOCK_R, BLOCK_N, RUNS, VEC)
@@ -464,12 +474,12 @@ def gradient_kernel(
                 x_tile = tl.load(x + to_x, mask=inside, other=0.0, eviction_policy=DROP).to(ACC)
             to_dy, to_y = row * stride_gr * VEC + column * stride_gn, y_base + row * stride_yr * VEC + column * stride_yn
             g = masked_gradient(
-                dy + to_dy, None if y is None else y + to_y, x_tile, mean_values, scale, bias, inside,
+                dy + to_dy, None if y is None else y + to_y, x_tile, mean_tile, scale_tile, bias_tile, inside,
                 ACTIVATION, RECOMPUTE, x.dtype.element_ty, ACC, DROP,
             )  # fmt: skip
             if PROJECT:
-                g = g - of_mean[None, :] - (x_tile - mean_values[None, :]) * of_rstd[None, :]
-            tl.store(dx + to_y, (g * scale[None, :]).to(dx.dtype.element_ty), mask=inside, eviction_policy=DROP)
+                g = g - of_mean - (x_tile - mean_tile) * of_rstd
+            tl.store(dx + to_y, (g * scale_tile).to(dx.dtype.element_ty), mask=inside, eviction_policy=DROP)
 
 
 @triton.jit

@@ -202,7 +202,7 @@ def relu_backward_kernel(
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     first = part.to(tl.int64) * ROWS
     column = columns.to(tl.int64)[None, :]
-    db = tl.zeros((BLOCK_N,), dtype=ACCUMULATOR)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACCUMULATOR)
     for start in range(0, ROWS, BLOCK_M):
         rows = first + start + tl.arange(0, BLOCK_M)
         row, inside = rows[:, None], (rows < M)[:, None] & (columns < N)[None, :]
@@ -211,8 +211,9 @@ def relu_backward_kernel(
         dz_block = tl.where(y_block <= 0, 0.0, dy_block)
         tl.store(dz + row * N + column, dz_block.to(dz.dtype.element_ty), mask=inside)
         if BIAS_GRADIENT:
-            db += tl.sum(dz_block, axis=0)
-    if BIAS_GRADIENT:
+            total += dz_block
+    if BIAS_GRADIENT:  # in shared memory once: every row of tiles would cost as much there as its loads
+        db = tl.sum(total, axis=0)
         tl.store(partial_db + part.to(tl.int64) * N + columns, db, mask=columns < N)
 
 
