@@ -71,7 +71,7 @@ overlays: $(VENV)/triton-$(TRITON_OLD) $(VENV)/triton-$(TRITON_NEW)
 # The interpreter and the compiler of the oldest and the newest supported Triton: the canary of the checked interpreter, the
 # kernels' values (only the newest interpreter has tl.maximum drop NaN, as compiled code does), and the stored expectations.
 OVERLAY_TESTS := tests/test_interp_checks.py tests/test_compile.py tests/test_linear_relu.py tests/test_cross_entropy.py \
-	tests/test_batch_norm.py tests/test_depthwise_conv.py tests/test_separable_conv.py
+	tests/test_batch_norm.py tests/test_depthwise_conv.py tests/test_separable_conv.py tests/test_ptx.py
 
 OVERLAY_RUN = -m pytest $(wildcard $(OVERLAY_TESTS)) -q $(PARALLEL)
 
