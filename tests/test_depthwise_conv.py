@@ -7,6 +7,7 @@ import itertools
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -278,6 +279,41 @@ def test_errors(dimensions: int) -> None:
         return None if "groups" in kwargs else (args, kwargs)
 
     conformance.check_errors(f"nn.functional.conv{dimensions}d", ours, at_least=4, adapt=adapt)
+
+
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        ((torch.ones(3, 1, 9),), r"input: a kernel of \(9,\) with dilation \[1\] does not fit into \(5,\) padded by \[0, 0\]"),
+        ((torch.ones(4, 1, 3),), r"weight: expected \(3 \* multiplier, 1, K\) for input \(2, 3, 5\), got \(4, 1, 3\) torch"),
+        ((torch.ones(3, 2, 3),), r"weight: expected \(C \* multiplier, 1, K\), got \(3, 2, 3\) torch"),
+        ((torch.ones(3, 1, 3).double(),), r"weight: expected torch.float32 on \w+ like input, got \(3, 1, 3\) torch.float64"),
+        ((torch.ones(3, 1, 3), torch.ones(2)), r"bias: expected \(3,\), got \(2,\)"),
+        ((torch.ones(3, 1, 3), None, 0), r"stride: non-positive stride is not supported, got \[0\]"),
+        ((torch.ones(3, 1, 3), None, 1, -1), r"padding: negative padding is not supported, got \[-1, -1\]"),
+        ((torch.ones(3, 1, 3), None, 1, 1, 0), r"dilation: expected at least 1, got \[0\]"),
+    ],
+)
+@pytest.mark.parametrize("chosen", ["auto", "torch"])
+def test_errors_of_one_dimension_speak_of_one(chosen: str, args: tuple[Any, ...], match: str) -> None:
+    weight, *rest = args
+    with dlaccel.use_backend(chosen), pytest.raises(RuntimeError, match=f"^depthwise_conv1d: {match}"):
+        F.depthwise_conv1d(torch.ones(2, 3, 5, device=DEVICE), weight.to(DEVICE), *rest)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_integers_are_those_that_torch_takes(integer: Any, dimensions: int) -> None:
+    ours = F.depthwise_conv1d if dimensions == 1 else F.depthwise_conv2d
+    x, weight = torch.randn(2, 3, *[9] * dimensions, device=DEVICE), torch.randn(3, 1, *[3] * dimensions, device=DEVICE)
+    want = ours(x, weight, None, 2, 3, 2)
+    assert torch.equal(ours(x, weight, None, integer(2), integer(3), integer(2)), want)
+    assert torch.equal(ours(x, weight, None, 2, [integer(3)] * dimensions, integer(2)), want)
+    for bad in ([1] * (dimensions + 1), []):
+        with pytest.raises(RuntimeError, match="expected dilation to be a single integer value or a list of"):
+            ours(x, weight, None, [1], [1], bad)
+    with pytest.raises(TypeError):
+        ours(x, weight, None, 1, 1.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
