@@ -44,7 +44,7 @@ def check_common(
         if t is None:
             continue
         if t.shape != channels:
-            raise RuntimeError(f"batch_norm: {name}: expected ({x.shape[1]},) for input {tuple(x.shape)}, got {described(t)}")
+            raise RuntimeError(f"batch_norm: {name}: expected ({x.shape[1]},), a number for each channel, got {described(t)}")
         if t.device != device or (t.dtype != dtype and t.dtype != statistics_dtype(x)):
             dtypes = " or ".join(sorted({str(dtype), str(statistics_dtype(x))}))
             raise RuntimeError(f"batch_norm: {name}: expected {dtypes} on {device}, got {described(t)}")
@@ -320,9 +320,9 @@ def _is_atens(
 
     Not where aten's answer differs: it rounds statistics to 16 bits unless all parameters are float32, and loses odd layouts.
     """
-    if x.dim() < 2 or x.numel() <= x.shape[1] or not is_dense(x) or momentum is None:
+    if x.dim() < 2 or x.numel() <= x.shape[1] or not is_dense(x):
         return False
-    if training and uses_group_norm(x):
+    if training and (uses_group_norm(x) or (momentum is None and tensors[2] is not None)):
         return False
     if x.nbytes > LARGE and not (training and residual is None):  # the torch backend goes by pieces
         return False
