@@ -476,3 +476,45 @@ def test_operator_refuses(changed: dict[int, Any], error: type[Exception], match
         args[i] = value
     with pytest.raises(error, match=match):
         operator(*args)
+
+
+BAD_BLOCKS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"bn1_weight": torch.ones(1)}, RuntimeError, r"weight: expected \(4,\), a number for each channel, got \(1,\)"),
+    ({"bn1_bias": torch.ones(3)}, RuntimeError, r"bias: expected \(4,\), a number for each channel, got \(3,\)"),
+    (
+        {"bn2_running_mean": torch.ones(1)},
+        RuntimeError,
+        r"running_mean: expected \(5,\), a number for each channel, got \(1,\)",
+    ),
+    ({"bn2_running_var": torch.ones(5, 1)}, RuntimeError, r"running_var: expected \(5,\), a number for each channel"),
+    ({"bn2_bias": torch.ones(5).double()}, RuntimeError, "bias: expected torch.float32 on"),
+    ({"eps": -2.0}, ValueError, "eps: expected a"),
+    ({"input": torch.ones(4, 6, 6)}, RuntimeError, r"input: expected \(N, C, H, W\), got \(4, 6, 6\)"),
+    ({"depthwise_weight": torch.ones(4, 1, 3, 3).double()}, RuntimeError, "depthwise_weight: expected torch.float32 on"),
+    ({"pointwise_weight": torch.ones(5, 4, 1, 1).double()}, RuntimeError, "pointwise_weight: expected torch.float32 on"),
+]
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "folded"])
+@pytest.mark.parametrize("changed, error, match", BAD_BLOCKS, ids=[match for *_, match in BAD_BLOCKS])
+def test_block_refuses_the_same_in_every_mode(changed: dict[str, Any], error: type[Exception], match: str, mode: str) -> None:
+    args: dict[str, Any] = {"depthwise_weight": torch.ones(4, 1, 3, 3), "pointwise_weight": torch.ones(5, 4, 1, 1)}
+    for bn, channels in (("bn1", 4), ("bn2", 5)):
+        args |= {f"{bn}_{name}": torch.ones(channels) for name in ("weight", "bias", "running_mean", "running_var")}
+    args = {"input": torch.ones(2, 4, 6, 6)} | args | changed
+    args = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in args.items()}
+    args["input"].requires_grad_(mode == "evaluation")
+    with pytest.raises(error, match=match):
+        F.depthwise_separable_block(**args, training=mode == "training")
+
+
+@pytest.mark.parametrize("argument", ["depthwise_weight", "pointwise_weight", "bias"])
+def test_separable_conv2d_names_what_is_of_another_dtype(argument: str) -> None:
+    args = {"depthwise_weight": torch.ones(4, 1, 3, 3), "pointwise_weight": torch.ones(5, 4, 1, 1), "bias": torch.ones(5)}
+    args = {k: v.to(DEVICE, torch.float64 if k == argument else torch.float32) for k, v in args.items()}
+    x = torch.ones(2, 4, 6, 6, device=DEVICE)
+    with pytest.raises(RuntimeError, match=f"^separable_conv2d: {argument}: expected torch.float32 on .* got .* torch.float64"):
+        F.separable_conv2d(x, **args)
+    with torch.autocast(DEVICE, torch.bfloat16):  # which leaves float64 alone
+        args = {k: v.bfloat16() if k == argument else v for k, v in args.items()}
+        assert F.separable_conv2d(x, **args).dtype == torch.bfloat16
