@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
@@ -23,6 +24,9 @@ __all__ = [
     "linear_relu",
     "separable_conv2d",
 ]
+
+for _name in __all__:  # they look at shapes and dtypes: to torch.fx a call is one node
+    torch.fx.wrap(_name)
 
 
 def batch_norm(

@@ -677,6 +677,8 @@ def test_fused_modules(backend: str, activation: str, d: int, shape: tuple[int, 
 def test_fused_modules_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValueError, match="activation: expected 'relu' or 'relu6', got 'gelu'"):
         nn.BatchNormReLU2d(3, activation="gelu")
+    with pytest.raises(ValueError, match="SyncBatchNorm: activation: expected None, 'relu' or 'relu6', got 'gelu'"):
+        nn.SyncBatchNorm(3, activation="gelu")
     with pytest.raises(ValueError, match="expected 4D input"):
         nn.BatchNormReLU2d(3)(torch.ones(2, 3))
 

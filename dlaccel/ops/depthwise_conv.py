@@ -309,11 +309,11 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], paddi
 
 def sizes(value: int | Sequence[int], name: str, count: int) -> list[int]:
     """As many numbers as there are dimensions. An integer is what torch takes for one: also NumPy's, and a 0-d tensor."""
-    if not isinstance(value, int):
-        with contextlib.suppress(TypeError):
-            value = operator.index(value)  # type: ignore[arg-type]
     if isinstance(value, int):
         return [value] * count
+    if not isinstance(value, (tuple, list)):  # of which it takes 2 us to hear that they are no integers
+        with contextlib.suppress(TypeError):
+            return [operator.index(value)] * count  # type: ignore[arg-type]
     if len(value) not in (1, count):
         values = "1 value" if count == 1 else f"{count} values"
         raise RuntimeError(f"expected {name} to be a single integer value or a list of {values}, but got {name}={list(value)}")
