@@ -54,7 +54,8 @@ def batch_norm(
         running_mean, running_var: (C,), both or neither; updated in place in training, and necessary in evaluation.
         weight, bias: (C,), in input's dtype or, beside 16-bit input, in float32.
         training: whether to use the batch's statistics.
-        momentum: the share of the new statistics; None: cumulative average, the share is `1 / num_batches_tracked`.
+        momentum: the share of the new statistics; None: cumulative average, the share is `1 / num_batches_tracked`. Without
+            running statistics it means nothing.
         eps: added to the variance.
         residual: added before the activation; shape and dtype of input.
         activation: None, "relu" or "relu6".
@@ -279,7 +280,7 @@ def depthwise_separable_block(
 
     Raises:
         RuntimeError: shapes do not match, dtypes or devices differ, or the kernel is larger than the padded input.
-        ValueError: activation is unknown, or training on one value per channel.
+        ValueError: activation is unknown, eps is negative (in training, not positive), or training on one value per channel.
 
     >>> y = depthwise_separable_block(x, dw, w1, b1, mean1, var1, pw, w2, b2, mean2, var2, training=True)
     """

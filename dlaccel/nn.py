@@ -149,6 +149,9 @@ class BatchNormReLU1d(_Activated, torch.nn.BatchNorm1d):
     """`act(BatchNorm1d(input) + residual)` in one operator; input (N, C) or (N, C, L), residual like it or None.
 
     Arguments and state_dict are those of `torch.nn.BatchNorm1d`, and `activation`: "relu" or "relu6".
+    `isinstance(m, torch.nn.BatchNorm1d)` holds, but the output is that behind the activation: what puts another layer in the
+    place of a batch norm drops it (`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: use that of `dlaccel.nn.SyncBatchNorm`;
+    `torch.nn.utils.fusion.fuse_conv_bn_eval`).
 
     >>> layer = BatchNormReLU1d(64)
     """
@@ -158,6 +161,9 @@ class BatchNormReLU2d(_Activated, torch.nn.BatchNorm2d):
     """`act(BatchNorm2d(input) + residual)` in one operator; input (N, C, H, W), residual like it or None.
 
     Arguments and state_dict are those of `torch.nn.BatchNorm2d`, and `activation`: "relu" or "relu6".
+    `isinstance(m, torch.nn.BatchNorm2d)` holds, but the output is that behind the activation: what puts another layer in the
+    place of a batch norm drops it (`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: use that of `dlaccel.nn.SyncBatchNorm`;
+    `torch.nn.utils.fusion.fuse_conv_bn_eval`).
 
     >>> layer = BatchNormReLU2d(64, activation="relu6")
     >>> y = layer(x, residual=shortcut)
@@ -168,6 +174,9 @@ class BatchNormReLU3d(_Activated, torch.nn.BatchNorm3d):
     """`act(BatchNorm3d(input) + residual)` in one operator; input (N, C, D, H, W), residual like it or None.
 
     Arguments and state_dict are those of `torch.nn.BatchNorm3d`, and `activation`: "relu" or "relu6".
+    `isinstance(m, torch.nn.BatchNorm3d)` holds, but the output is that behind the activation: what puts another layer in the
+    place of a batch norm drops it (`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: use that of `dlaccel.nn.SyncBatchNorm`;
+    `torch.nn.utils.fusion.fuse_conv_bn_eval`).
 
     >>> layer = BatchNormReLU3d(64)
     """
@@ -196,8 +205,9 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """`torch.nn.SyncBatchNorm` for any device and backend of torch.distributed, gloo on the CPU included.
 
     In training, the statistics are those of all processes of `process_group`, whose inputs may differ in size or be empty.
-    Arguments and state_dict are torch's, and `activation`: None, "relu" or "relu6", behind the sum with `residual`. Outside of
-    a process group, in evaluation and in a group of one it is batch norm. Differentiable once where it synchronises.
+    Arguments and state_dict are torch's, and `activation`: None, "relu" or "relu6", behind the sum with `residual`; torch's
+    utilities drop it as they do that of `BatchNormReLU2d`. Outside of a process group, in evaluation and in a group of one it
+    is batch norm. Differentiable once where it synchronises.
 
     >>> model = SyncBatchNorm.convert_sync_batchnorm(model)
     """
