@@ -91,7 +91,8 @@ def _check_activation(m: torch.nn.Module, activation: str | None, *known: str | 
 
 def _infers(input: Tensor) -> bool:
     """Whether a call without gradients may leave its submodules out; a tracer's graph serves other calls too."""
-    return not (torch.is_grad_enabled() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy))
+    traced: bool = torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)  # type: ignore[attr-defined, no-untyped-call]
+    return not (torch.is_grad_enabled() or traced)
 
 
 def _is_forward(module: torch.nn.Module, *classes: type[torch.nn.Module]) -> bool:
@@ -263,7 +264,7 @@ class LinearReLU(torch.nn.Linear):
         return F.linear_relu(input, self.weight, self.bias)
 
 
-_Size = int | tuple[int, int]
+_Size = int | tuple[int, ...]
 
 
 class _Depthwise(_ConvNd):
@@ -286,7 +287,8 @@ class _Depthwise(_ConvNd):
         if groups not in (None, in_channels):
             raise ValueError(f"{type(self).__name__}: groups: expected in_channels, {in_channels}, got {groups}")
         options: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, in_channels, **options)
+        initialise: Any = super().__init__  # that of Conv1d or Conv2d
+        initialise(in_channels, out_channels, kernel_size, stride, padding, dilation, in_channels, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         convolve: Any = F.depthwise_conv1d if len(self.kernel_size) == 1 else F.depthwise_conv2d
@@ -320,12 +322,12 @@ def _has_bias(module: torch.nn.Module) -> bool:
     return module._parameters.get("bias") is not None  # an eighth of the time of module.bias
 
 
-def _is_depthwise(module: torch.nn.Module) -> bool:
+def _is_depthwise(module: torch.nn.Conv2d) -> bool:
     """Whether a call is `depthwise_conv2d` with the module's weight and geometry."""
     return _is_forward(module, DepthwiseConv2d) and module.padding_mode == "zeros" and not _has_bias(module)
 
 
-def _is_pointwise(module: torch.nn.Module) -> bool:
+def _is_pointwise(module: torch.nn.Conv2d) -> bool:
     """Whether a call is `conv2d` with the module's weight, 1x1, and bias."""
     return (
         _is_forward(module, torch.nn.Conv2d)
@@ -425,9 +427,10 @@ class DepthwiseSeparableBlock(torch.nn.Module):
         ):
             state1, state2 = ((bn.weight, bn.bias, bn.running_mean, bn.running_var) for bn in (bn1, bn2))
             if state1[2] is not None and state2[2] is not None:
-                options = dw.stride, dw.padding, dw.dilation, False, 0.0, bn1.eps, bn1.activation
+                options: Any = dw.stride, dw.padding, dw.dilation, False, 0.0, bn1.eps, bn1.activation
                 return F.depthwise_separable_block(input, dw.weight, *state1, pw.weight, *state2, *options)
-        for bn in (bn1, bn2):
+        norms: tuple[torch.nn.Module, ...] = bn1, bn2
+        for bn in norms:
             if type(bn) is torch.nn.SyncBatchNorm:
                 raise TypeError(
                     "DepthwiseSeparableBlock: torch.nn.SyncBatchNorm has no activation, which the batch norm before it had: "

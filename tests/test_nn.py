@@ -64,3 +64,12 @@ def test_torch_jit_traces(name: str) -> None:
     make, shape = MODULES[name]
     x, module = torch.randn(shape, device=DEVICE), make().to(DEVICE).eval()
     torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", ["DepthwiseSeparableBlock", "SeparableConv2d"])
+def test_torch_compile_sees_the_submodules(name: str, gradients: bool) -> None:
+    make, shape = MODULES[name]
+    x, module = torch.randn(shape, device=DEVICE), make().to(DEVICE).eval()
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
