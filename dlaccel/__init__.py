@@ -5,6 +5,7 @@
 `import dlaccel` imports neither Triton nor CUDA state; both wait for the first tensor that needs them.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dlaccel import functional as functional
@@ -14,12 +15,15 @@ from dlaccel.backend import use_backend as use_backend
 from dlaccel.explanation import explain as explain
 
 if TYPE_CHECKING:
+    from dlaccel import convert as convert
     from dlaccel.bench.tune import tune as tune
 
-__all__ = ["__version__", "explain", "functional", "nn", "tune", "use_backend"]
+__all__ = ["__version__", "convert", "explain", "functional", "nn", "tune", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "convert":
+        return importlib.import_module("dlaccel.convert")
     if name == "tune":  # the one name that needs the benchmarks
         from dlaccel.bench.tune import tune
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
@@ -23,6 +24,9 @@ __all__ = [
     "linear_relu",
     "separable_conv2d",
 ]
+
+for _name in __all__:  # they look at shapes and dtypes: to torch.fx a call is one node
+    torch.fx.wrap(_name)
 
 
 def batch_norm(
@@ -50,7 +54,8 @@ def batch_norm(
         running_mean, running_var: (C,), both or neither; updated in place in training, and necessary in evaluation.
         weight, bias: (C,), in input's dtype or, beside 16-bit input, in float32.
         training: whether to use the batch's statistics.
-        momentum: the share of the new statistics; None: cumulative average, the share is `1 / num_batches_tracked`.
+        momentum: the share of the new statistics; None: cumulative average, the share is `1 / num_batches_tracked`. Without
+            running statistics it means nothing.
         eps: added to the variance.
         residual: added before the activation; shape and dtype of input.
         activation: None, "relu" or "relu6".
@@ -276,7 +281,7 @@ def depthwise_separable_block(
 
     Raises:
         RuntimeError: shapes do not match, dtypes or devices differ, or the kernel is larger than the padded input.
-        ValueError: activation is unknown, or training on one value per channel.
+        ValueError: activation is unknown, eps is negative (in training, not positive), or training on one value per channel.
 
     >>> y = depthwise_separable_block(x, dw, w1, b1, mean1, var1, pw, w2, b2, mean2, var2, training=True)
     """

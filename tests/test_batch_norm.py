@@ -84,6 +84,23 @@ def with_channels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return (args, kwargs) if args[0].dim() > 1 else None
 
 
+def test_an_empty_input_needs_statistics_in_evaluation() -> None:
+    """torch returns it as it is."""
+    with pytest.raises(RuntimeError, match="expected both in evaluation, got None"):
+        F.batch_norm(torch.ones(0, 3, 2, device=DEVICE), None, None)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_momentum_means_nothing_without_running_statistics(backend: str, counts: bool) -> None:
+    x = torch.randn(4, 3, 5, 2, device=DEVICE)
+    for chosen in (backend, "auto"):
+        counter = torch.tensor(2, device=DEVICE) if counts else None
+        with dlaccel.use_backend(chosen):
+            y = F.batch_norm(x, None, None, None, None, True, None, num_batches_tracked=counter)
+        torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, None, None, True))
+        assert counter is None or counter == 3
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_conformance(backend: str, dtype: torch.dtype) -> None:
     terms = 8.0 if dtype == torch.float64 else 1.0  # which may cancel; in float64 the truth is rounded as well
@@ -660,6 +677,8 @@ def test_fused_modules(backend: str, activation: str, d: int, shape: tuple[int, 
 def test_fused_modules_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValueError, match="activation: expected 'relu' or 'relu6', got 'gelu'"):
         nn.BatchNormReLU2d(3, activation="gelu")
+    with pytest.raises(ValueError, match="SyncBatchNorm: activation: expected None, 'relu' or 'relu6', got 'gelu'"):
+        nn.SyncBatchNorm(3, activation="gelu")
     with pytest.raises(ValueError, match="expected 4D input"):
         nn.BatchNormReLU2d(3)(torch.ones(2, 3))
 

@@ -7,6 +7,7 @@ import itertools
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dlaccel.bench.accuracy import close_enough
 from dlaccel.bench.cases.depthwise_conv2d import eager, reference
 from dlaccel.fallback import depthwise_conv as fallback
 from dlaccel.memory_format import suggests_channels_last
-from dlaccel.nn import DepthwiseConv2d
+from dlaccel.nn import DepthwiseConv1d, DepthwiseConv2d
 from dlaccel.ops._register import LAUNCHES, REGISTRY
 from tests import conformance
 from tests.conformance import DTYPES
@@ -280,8 +281,44 @@ def test_errors(dimensions: int) -> None:
     conformance.check_errors(f"nn.functional.conv{dimensions}d", ours, at_least=4, adapt=adapt)
 
 
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        ((torch.ones(3, 1, 9),), r"input: a kernel of \(9,\) with dilation \[1\] does not fit into \(5,\) padded by \[0, 0\]"),
+        ((torch.ones(4, 1, 3),), r"weight: expected \(3 \* multiplier, 1, K\) for input \(2, 3, 5\), got \(4, 1, 3\) torch"),
+        ((torch.ones(3, 2, 3),), r"weight: expected \(C \* multiplier, 1, K\), got \(3, 2, 3\) torch"),
+        ((torch.ones(3, 1, 3).double(),), r"weight: expected torch.float32 on \w+ like input, got \(3, 1, 3\) torch.float64"),
+        ((torch.ones(3, 1, 3), torch.ones(2)), r"bias: expected \(3,\), got \(2,\)"),
+        ((torch.ones(3, 1, 3), None, 0), r"stride: non-positive stride is not supported, got \[0\]"),
+        ((torch.ones(3, 1, 3), None, 1, -1), r"padding: negative padding is not supported, got \[-1, -1\]"),
+        ((torch.ones(3, 1, 3), None, 1, 1, 0), r"dilation: expected at least 1, got \[0\]"),
+    ],
+)
+@pytest.mark.parametrize("chosen", ["auto", "torch"])
+def test_errors_of_one_dimension_speak_of_one(chosen: str, args: tuple[Any, ...], match: str) -> None:
+    weight, *rest = args
+    with dlaccel.use_backend(chosen), pytest.raises(RuntimeError, match=f"^depthwise_conv1d: {match}"):
+        F.depthwise_conv1d(torch.ones(2, 3, 5, device=DEVICE), weight.to(DEVICE), *rest)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_integers_are_those_that_torch_takes(integer: Any, dimensions: int) -> None:
+    ours = F.depthwise_conv1d if dimensions == 1 else F.depthwise_conv2d
+    x, weight = torch.randn(2, 3, *[9] * dimensions, device=DEVICE), torch.randn(3, 1, *[3] * dimensions, device=DEVICE)
+    want = ours(x, weight, None, 2, 3, 2)
+    assert torch.equal(ours(x, weight, None, integer(2), integer(3), integer(2)), want)
+    assert torch.equal(ours(x, weight, None, 2, [integer(3)] * dimensions, integer(2)), want)
+    for bad in ([1] * (dimensions + 1), []):
+        with pytest.raises(RuntimeError, match="expected dilation to be a single integer value or a list of"):
+            ours(x, weight, None, [1], [1], bad)
+    with pytest.raises(TypeError):
+        ours(x, weight, None, 1, 1.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_module_conformance(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("module", [DepthwiseConv1d, DepthwiseConv2d])
+def test_module_conformance(module: Any, dtype: torch.dtype) -> None:
     def adapt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> conformance.Call:
         if not kwargs and args and isinstance(args[0], Tensor):
             return args, kwargs
@@ -290,7 +327,7 @@ def test_module_conformance(dtype: torch.dtype) -> None:
         return (channels, channels, *args[2:]), {**rest, "groups": channels}
 
     with dlaccel.use_backend("torch"):
-        conformance.check_module("nn.Conv2d", DepthwiseConv2d, dtype, at_least=12, adapt=adapt)
+        conformance.check_module(f"nn.{module.__name__.removeprefix('Depthwise')}", module, dtype, at_least=12, adapt=adapt)
 
 
 @given(st.data())
@@ -476,19 +513,26 @@ def test_explain_names_the_formulation() -> None:
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
-def test_module_is_conv2d(backend: str, mode: str) -> None:
-    theirs = torch.nn.Conv2d(3, 6, 3, padding=1, groups=3, padding_mode=mode, device=DEVICE)
-    ours = DepthwiseConv2d(3, 6, 3, padding=1, padding_mode=mode, device=DEVICE)
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_module_is_torchs(backend: str, dimensions: int, mode: str) -> None:
+    torchs = torch.nn.Conv1d if dimensions == 1 else torch.nn.Conv2d
+    module: Any = DepthwiseConv1d if dimensions == 1 else DepthwiseConv2d
+    theirs = torchs(3, 6, 3, padding=1, groups=3, padding_mode=mode, device=DEVICE)
+    ours = module(3, 6, 3, padding=1, padding_mode=mode, device=DEVICE)
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 3, 6, 5, device=DEVICE)
-    torch.testing.assert_close(ours(x), theirs(x))
-    assert isinstance(ours, torch.nn.Conv2d) and ours.groups == 3
+    LAUNCHES.clear()
+    for shape in ((2, 3, 6, 5), (3, 6, 5)):
+        x = torch.randn(shape[: len(shape) + dimensions - 2], device=DEVICE)
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert isinstance(ours, torchs) and ours.groups == 3
+    assert LAUNCHES["depthwise_conv2d", backend] > 0
 
 
-def test_module_refuses_other_groups() -> None:
-    with pytest.raises(ValueError, match="groups: expected in_channels, 4, got 2"):
-        DepthwiseConv2d(4, 4, 3, groups=2)
+@pytest.mark.parametrize("module", [DepthwiseConv1d, DepthwiseConv2d])
+def test_module_refuses_other_groups(module: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{module.__name__}: groups: expected in_channels, 4, got 2"):
+        module(4, 4, 3, groups=2)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

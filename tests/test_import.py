@@ -38,6 +38,17 @@ def test_import_brings_in_nothing_slow() -> None:
     )
 
 
+def test_documented_names_need_no_import_of_their_own() -> None:
+    run(
+        """
+        import sys, dlaccel
+        assert "dlaccel.convert" not in sys.modules
+        assert dlaccel.convert.from_timm({"conv_dw.weight": 1}) == {"depthwise.weight": 1}
+        assert callable(dlaccel.tune) and {"convert", "tune"} <= set(dlaccel.__all__)
+        """
+    )
+
+
 def test_import_tags_the_compile_cache_once() -> None:
     run("import dlaccel, torch.compiler.config as c; assert c.cache_key_tag.count('dlaccel-') == 1")
 

@@ -6,19 +6,21 @@ import contextlib
 import copy
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlaccel
 import dlaccel.functional as F
 from dlaccel.bench.cases import depthwise_conv2d
 from dlaccel.bench.cases.separable_conv2d import eager, pointwise, reference
-from dlaccel.nn import DepthwiseSeparableBlock, SeparableConv2d
+from dlaccel.nn import DepthwiseConv2d, DepthwiseSeparableBlock, SeparableConv2d, SyncBatchNorm
 from dlaccel.ops._register import LAUNCHES
 from tests.kit import DEVICE, LAYOUTS, check, poisoned, sparse
 from tests.strategies import given, st
@@ -114,13 +116,129 @@ def test_folded_evaluation(affine: bool) -> None:
             bn.weight = bn.bias = None
     block.eval()
     x = torch.randn(2, 5, 8, 7, device=DEVICE)
-    calls = []
-    block.bn1.register_forward_hook(lambda *args: calls.append(args))
+    with mock.patch.object(F, "depthwise_separable_block", wraps=F.depthwise_separable_block) as folded:
+        with torch.no_grad():
+            inferred = block(x)
+        assert folded.call_count == 1
+        torch.testing.assert_close(inferred, block(x))
+        assert folded.call_count == 1
+
+
+class LowRank(torch.nn.Module):
+    """A layer with an adapter around it, which shows the layer's weight."""
+
+    def __init__(self, layer: torch.nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = torch.nn.Conv2d(layer.in_channels, 1, 1, bias=False, device=DEVICE)
+        self.up = torch.nn.Conv2d(1, layer.out_channels, 1, bias=False, device=DEVICE)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) + self.up(self.down(x))
+        return y
+
+
+def change_forward(module: Any) -> None:
+    forward = module.forward
+    module.forward = lambda x: forward(x) + 1
+
+
+def hooked_everywhere(module: Any) -> Any:
+    return torch.nn.modules.module.register_module_forward_hook(lambda m, args, y: y + 1 if type(m) is torch.nn.Conv2d else y)
+
+
+CHANGES: dict[str, Any] = {
+    "weight_norm": lambda m: torch.nn.utils.weight_norm(m.pointwise),
+    "spectral_norm": lambda m: torch.nn.utils.spectral_norm(m.depthwise),
+    "prune": lambda m: prune.l1_unstructured(m.depthwise, "weight", 0.5),
+    "parametrizations": lambda m: torch.nn.utils.parametrizations.weight_norm(m.pointwise),
+    "hook": lambda m: m.pointwise.register_forward_hook(lambda module, args, y: y + 1) and None,
+    "pre-hook": lambda m: m.depthwise.register_forward_pre_hook(lambda module, args: (args[0] + 1,)) and None,
+    "global hook": hooked_everywhere,
+    "adapter": lambda m: setattr(m, "pointwise", LowRank(m.pointwise)),
+    "forward": lambda m: change_forward(m.pointwise),
+    "bias": lambda m: setattr(m.depthwise, "bias", torch.nn.Parameter(torch.ones(4, device=DEVICE))),
+    "stride": lambda m: setattr(m, "pointwise", torch.nn.Conv2d(4, 6, 1, 2, bias=False, device=DEVICE)),
+    "padding_mode": lambda m: setattr(m, "depthwise", DepthwiseConv2d(4, 4, 3, padding=1, bias=False, padding_mode="reflect")),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("cls", [SeparableConv2d, DepthwiseSeparableBlock])
+def test_changed_submodules_are_called(cls: Any, change: str) -> None:
+    """Without gradients too, and after their parameters have moved: torch's utilities make the weight when called."""
+    module = cls(4, 6, 3, padding=1).to(DEVICE)
+    with mock.patch.dict(torch.nn.modules.module._global_forward_hooks):
+        CHANGES[change](module)
+        module.to(DEVICE).eval()
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(2).add_(0.1)
+            x = torch.randn(2, 4, 6, 6, device=DEVICE)
+            inferred = module(x)
+        torch.testing.assert_close(inferred, module(x))
+
+
+@pytest.mark.parametrize("name", ["pointwise.bias", "bn1.eps", "bn1.activation"])
+def test_blocks_that_do_not_fold_are_not_folded(name: str) -> None:
+    block = DepthwiseSeparableBlock(4, 6).to(DEVICE).eval()
+    x = torch.randn(2, 4, 6, 6, device=DEVICE) * 5
+    if name == "pointwise.bias":
+        block.pointwise.bias = torch.nn.Parameter(torch.ones(6, device=DEVICE))
+    elif name == "bn1.eps":
+        block.bn1.eps = 1.0
+    else:
+        block.bn1.activation = "relu6"
+        block.bn2.weight.data.fill_(90)
     with torch.no_grad():
         inferred = block(x)
-    assert not calls
     torch.testing.assert_close(inferred, block(x))
-    assert len(calls) == 1
+
+
+def test_converted_blocks() -> None:
+    """By ours the block is the same; torch's conversion loses the activation, and the block says so."""
+    block = DepthwiseSeparableBlock(4, 6).eval()
+    ours: Any = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block))
+    theirs = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block))
+    x = torch.randn(2, 4, 6, 6)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(ours(x), block(x))
+            with pytest.raises(TypeError, match=r"torch.nn.SyncBatchNorm has no activation.* convert with dlaccel"):
+                theirs(x)
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": (3, 5)}, {"kernel_size": (5, 3), "dilation": (1, 2), "stride": (2, 1)}])
+def test_block_takes_pairs(options: dict[str, Any]) -> None:
+    ours = DepthwiseSeparableBlock(4, 6, **options).to(DEVICE)
+    theirs = torchs_block(4, 6)
+    dilation = options.get("dilation", (1, 1))
+    padding = tuple(d * (k // 2) for d, k in zip(dilation, options["kernel_size"], strict=True))
+    theirs.depthwise = torch.nn.Conv2d(4, 4, padding=padding, groups=4, bias=False, device=DEVICE, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 8, 9, device=DEVICE)
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_separable_module_pads_as_the_depthwise_one(mode: str) -> None:
+    ours = SeparableConv2d(4, 6, 3, padding=1, padding_mode=mode, device=DEVICE)
+    theirs = torch.nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False, padding_mode=mode, device=DEVICE)
+    theirs.load_state_dict(ours.depthwise.state_dict())
+    x = torch.randn(2, 4, 6, 6, device=DEVICE)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(ours(x), ours.pointwise(theirs(x)))
 
 
 def test_frozen_batch_norm_keeps_its_statistics() -> None:
@@ -476,3 +594,45 @@ def test_operator_refuses(changed: dict[int, Any], error: type[Exception], match
         args[i] = value
     with pytest.raises(error, match=match):
         operator(*args)
+
+
+BAD_BLOCKS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"bn1_weight": torch.ones(1)}, RuntimeError, r"weight: expected \(4,\), a number for each channel, got \(1,\)"),
+    ({"bn1_bias": torch.ones(3)}, RuntimeError, r"bias: expected \(4,\), a number for each channel, got \(3,\)"),
+    (
+        {"bn2_running_mean": torch.ones(1)},
+        RuntimeError,
+        r"running_mean: expected \(5,\), a number for each channel, got \(1,\)",
+    ),
+    ({"bn2_running_var": torch.ones(5, 1)}, RuntimeError, r"running_var: expected \(5,\), a number for each channel"),
+    ({"bn2_bias": torch.ones(5).double()}, RuntimeError, "bias: expected torch.float32 on"),
+    ({"eps": -2.0}, ValueError, "eps: expected a"),
+    ({"input": torch.ones(4, 6, 6)}, RuntimeError, r"input: expected \(N, C, H, W\), got \(4, 6, 6\)"),
+    ({"depthwise_weight": torch.ones(4, 1, 3, 3).double()}, RuntimeError, "depthwise_weight: expected torch.float32 on"),
+    ({"pointwise_weight": torch.ones(5, 4, 1, 1).double()}, RuntimeError, "pointwise_weight: expected torch.float32 on"),
+]
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "folded"])
+@pytest.mark.parametrize("changed, error, match", BAD_BLOCKS, ids=[match for *_, match in BAD_BLOCKS])
+def test_block_refuses_the_same_in_every_mode(changed: dict[str, Any], error: type[Exception], match: str, mode: str) -> None:
+    args: dict[str, Any] = {"depthwise_weight": torch.ones(4, 1, 3, 3), "pointwise_weight": torch.ones(5, 4, 1, 1)}
+    for bn, channels in (("bn1", 4), ("bn2", 5)):
+        args |= {f"{bn}_{name}": torch.ones(channels) for name in ("weight", "bias", "running_mean", "running_var")}
+    args = {"input": torch.ones(2, 4, 6, 6)} | args | changed
+    args = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in args.items()}
+    args["input"].requires_grad_(mode == "evaluation")
+    with pytest.raises(error, match=match):
+        F.depthwise_separable_block(**args, training=mode == "training")
+
+
+@pytest.mark.parametrize("argument", ["depthwise_weight", "pointwise_weight", "bias"])
+def test_separable_conv2d_names_what_is_of_another_dtype(argument: str) -> None:
+    args = {"depthwise_weight": torch.ones(4, 1, 3, 3), "pointwise_weight": torch.ones(5, 4, 1, 1), "bias": torch.ones(5)}
+    args = {k: v.to(DEVICE, torch.float64 if k == argument else torch.float32) for k, v in args.items()}
+    x = torch.ones(2, 4, 6, 6, device=DEVICE)
+    with pytest.raises(RuntimeError, match=f"^separable_conv2d: {argument}: expected torch.float32 on .* got .* torch.float64"):
+        F.separable_conv2d(x, **args)
+    with torch.autocast(DEVICE, torch.bfloat16):  # which leaves float64 alone
+        args = {k: v.bfloat16() if k == argument else v for k, v in args.items()}
+        assert F.separable_conv2d(x, **args).dtype == torch.bfloat16

@@ -179,7 +179,8 @@ def batch_norm(
         return torch.empty_like(x), x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
     w, b = _parameters(x, weight, bias)
     factor: Any = momentum
-    if momentum is None:  # cumulative; away from the CPU as a tensor, for reading the counter would wait for the device
+    if momentum is None and running_mean is not None:
+        # Cumulative; away from the CPU as a tensor, for reading the counter would wait for the device.
         assert num_batches_tracked is not None
         factor = 1 / int(num_batches_tracked) if x.is_cpu else num_batches_tracked.reciprocal()
 

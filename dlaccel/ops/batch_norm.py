@@ -27,6 +27,25 @@ ACTIVATIONS = (None, "relu", "relu6")
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
+def check_vectors(prefix: str, x: Tensor, channels: int, vectors: tuple[Tensor | None, ...]) -> None:
+    """VECTORS of a batch norm of so many channels, of x's dtype and on its device. prefix: what stands before their names."""
+    dtype, device = x.dtype, x.device
+    for name, t in zip(VECTORS, vectors, strict=True):
+        if t is None:
+            continue
+        if t.dim() != 1 or t.shape[0] != channels:
+            raise RuntimeError(f"{prefix}{name}: expected ({channels},), a number for each channel, got {described(t)}")
+        if t.device != device or (t.dtype != dtype and t.dtype != statistics_dtype(x)):
+            dtypes = " or ".join(sorted({str(dtype), str(statistics_dtype(x))}))
+            raise RuntimeError(f"{prefix}{name}: expected {dtypes} on {device}, got {described(t)}")
+
+
+def check_given_eps(op: str, eps: float) -> None:
+    """Beside statistics that are not taken from the batch."""
+    if eps < 0:
+        raise ValueError(f"{op}: eps: expected a number that is not negative, got {eps}")
+
+
 def check_common(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     mean: Tensor | None, var: Tensor | None, activation: str | None,
@@ -39,16 +58,8 @@ def check_common(
         raise ValueError(f"batch_norm: activation: expected None, 'relu' or 'relu6', got {activation!r}")
     if (mean is None) != (var is None):
         raise ValueError("batch_norm: running_mean and running_var: expected both or neither")
-    channels, dtype, device = x.shape[1:2], x.dtype, x.device
-    for name, t in zip(VECTORS, (weight, bias, mean, var), strict=True):
-        if t is None:
-            continue
-        if t.shape != channels:
-            raise RuntimeError(f"batch_norm: {name}: expected ({x.shape[1]},) for input {tuple(x.shape)}, got {described(t)}")
-        if t.device != device or (t.dtype != dtype and t.dtype != statistics_dtype(x)):
-            dtypes = " or ".join(sorted({str(dtype), str(statistics_dtype(x))}))
-            raise RuntimeError(f"batch_norm: {name}: expected {dtypes} on {device}, got {described(t)}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != device):
+    check_vectors("batch_norm: ", x, x.shape[1], (weight, bias, mean, var))
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         raise RuntimeError(f"batch_norm: residual: expected {described(x)} like input, got {described(residual)}")
 
 
@@ -71,8 +82,7 @@ def check_inference(
     mean: Tensor, var: Tensor, eps: float, activation: str | None,
 ) -> None:  # fmt: skip
     check_common(x, weight, bias, residual, mean, var, activation)
-    if eps < 0:
-        raise ValueError(f"batch_norm: eps: expected a number that is not negative, got {eps}")
+    check_given_eps("batch_norm", eps)
 
 
 def fake_backward(
@@ -320,9 +330,9 @@ def _is_atens(
 
     Not where aten's answer differs: it rounds statistics to 16 bits unless all parameters are float32, and loses odd layouts.
     """
-    if x.dim() < 2 or x.numel() <= x.shape[1] or not is_dense(x) or momentum is None:
+    if x.dim() < 2 or x.numel() <= x.shape[1] or not is_dense(x):
         return False
-    if training and uses_group_norm(x):
+    if training and (uses_group_norm(x) or (momentum is None and tensors[2] is not None)):
         return False
     if x.nbytes > LARGE and not (training and residual is None):  # the torch backend goes by pieces
         return False

@@ -12,7 +12,9 @@ format the gradients have: that of the forward's output, as in torch, where the 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,36 +43,47 @@ def output_shape(
     return x[0], weight[0], size(0), size(1)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]) -> None:
+WEIGHT = {1: "1, K", 2: "1, KH, KW"}
+
+
+def seen(t: Tensor, d: int) -> str:
+    """A tensor of images or filters as the caller knows it."""
+    return described(t if d == 2 else t.squeeze(2))
+
+
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], d: int = 2
+) -> None:  # fmt: skip
+    """d: dimensions of the caller's images. With 1 the tensors here have a height of 1, of which the messages do not speak."""
     if x.dim() != 4:
         raise RuntimeError(f"depthwise_conv2d: input: expected (N, C, H, W), got {described(x)}")
     if x.dtype not in FLOATS:
-        raise RuntimeError(f"depthwise_conv2d: input: expected a floating-point tensor, got {described(x)}")
+        raise RuntimeError(f"depthwise_conv{d}d: input: expected a floating-point tensor, got {seen(x, d)}")
     if weight.dim() != 4 or weight.shape[1] != 1 or 0 in weight.shape:
-        raise RuntimeError(f"depthwise_conv2d: weight: expected (C * multiplier, 1, KH, KW), got {described(weight)}")
+        raise RuntimeError(f"depthwise_conv{d}d: weight: expected (C * multiplier, {WEIGHT[d]}), got {seen(weight, d)}")
     channels = x.shape[1]
     if channels < 1 or weight.shape[0] % channels:
         raise RuntimeError(
-            f"depthwise_conv2d: weight: expected ({channels} * multiplier, 1, KH, KW) for input {tuple(x.shape)}, "
-            f"got {described(weight)}"
+            f"depthwise_conv{d}d: weight: expected ({channels} * multiplier, {WEIGHT[d]}) for input "
+            f"{(*x.shape[:2], *x.shape[-d:])}, got {seen(weight, d)}"
         )
     if weight.dtype != x.dtype or weight.device != x.device:
-        raise RuntimeError(f"depthwise_conv2d: weight: expected {x.dtype} on {x.device} like input, got {described(weight)}")
+        raise RuntimeError(f"depthwise_conv{d}d: weight: expected {x.dtype} on {x.device} like input, got {seen(weight, d)}")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-            raise RuntimeError(f"depthwise_conv2d: bias: expected ({weight.shape[0]},), got {described(bias)}")
+            raise RuntimeError(f"depthwise_conv{d}d: bias: expected ({weight.shape[0]},), got {described(bias)}")
         if bias.dtype != x.dtype or bias.device != x.device:
-            raise RuntimeError(f"depthwise_conv2d: bias: expected {x.dtype} on {x.device} like input, got {described(bias)}")
+            raise RuntimeError(f"depthwise_conv{d}d: bias: expected {x.dtype} on {x.device} like input, got {described(bias)}")
     if min(stride) < 1:
-        raise RuntimeError(f"depthwise_conv2d: stride: non-positive stride is not supported, got {stride}")
+        raise RuntimeError(f"depthwise_conv{d}d: stride: non-positive stride is not supported, got {stride[-d:]}")
     if min(dilation) < 1:
-        raise RuntimeError(f"depthwise_conv2d: dilation: expected at least 1, got {dilation}")
+        raise RuntimeError(f"depthwise_conv{d}d: dilation: expected at least 1, got {dilation[-d:]}")
     if min(padding) < 0:
-        raise RuntimeError(f"depthwise_conv2d: padding: negative padding is not supported, got {padding}")
+        raise RuntimeError(f"depthwise_conv{d}d: padding: negative padding is not supported, got {padding[-2 * d :]}")
     if x.shape[2] < 1 or x.shape[3] < 1 or min(output_shape(x.shape, weight.shape, stride, padding, dilation)[2:]) < 1:
         raise RuntimeError(
-            f"depthwise_conv2d: input: a kernel of {tuple(weight.shape[2:])} with dilation {dilation} does not fit into "
-            f"{tuple(x.shape[2:])} padded by {padding}"
+            f"depthwise_conv{d}d: input: a kernel of {tuple(weight.shape[-d:])} with dilation {dilation[-d:]} does not fit "
+            f"into {tuple(x.shape[-d:])} padded by {padding[-2 * d :]}"
         )
 
 
@@ -294,12 +307,21 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], paddi
 # ---- torch's spelling of the arguments
 
 
-def pair(value: int | Sequence[int], name: str) -> list[int]:
+def sizes(value: int | Sequence[int], name: str, count: int) -> list[int]:
+    """As many numbers as there are dimensions. An integer is what torch takes for one: also NumPy's, and a 0-d tensor."""
     if isinstance(value, int):
-        return [value, value]
-    if len(value) not in (1, 2):
-        raise RuntimeError(f"expected {name} to be a single integer value or a list of 2 values, but got {name}={list(value)}")
-    return [value[0], value[-1]]
+        return [value] * count
+    if not isinstance(value, (tuple, list)):  # of which it takes 2 us to hear that they are no integers
+        with contextlib.suppress(TypeError):
+            return [operator.index(value)] * count  # type: ignore[arg-type]
+    if len(value) not in (1, count):
+        values = "1 value" if count == 1 else f"{count} values"
+        raise RuntimeError(f"expected {name} to be a single integer value or a list of {values}, but got {name}={list(value)}")
+    return [value[0], value[-1]][:count]
+
+
+def pair(value: int | Sequence[int], name: str) -> list[int]:
+    return sizes(value, name, 2)
 
 
 def padding_of(padding: str | int | Sequence[int], kernel: Sequence[int], stride: list[int], dilation: list[int]) -> list[int]:
@@ -354,14 +376,6 @@ def depthwise_conv2d(
     return run(input, weight, bias, *options)
 
 
-def single(value: int | Sequence[int], name: str) -> int:
-    if isinstance(value, int):
-        return value
-    if len(value) != 1:
-        raise RuntimeError(f"expected {name} to be a single integer value or a list of 1 value, but got {name}={list(value)}")
-    return value[0]
-
-
 def depthwise_conv1d(
     input: Tensor,
     weight: Tensor,
@@ -375,14 +389,19 @@ def depthwise_conv1d(
         raise RuntimeError(f"depthwise_conv1d: input: expected (C, L) or (N, C, L), got {described(input)}")
     if weight.dim() != 3:
         raise RuntimeError(f"depthwise_conv1d: weight: expected (C * multiplier, 1, K), got {described(weight)}")
-    strides, dilations = [1, single(stride, "stride")], [1, single(dilation, "dilation")]
+    strides, dilations = [1, *sizes(stride, "stride", 1)], [1, *sizes(dilation, "dilation", 1)]
     if isinstance(padding, str):
         if padding == "same" and strides[1] != 1:
             raise RuntimeError("padding='same' is not supported for strided convolutions")
         paddings = padding_of(padding, (1, weight.shape[2]), [1, 1], dilations)
     else:
-        left = single(padding, "padding")
-        paddings = [0, 0, left, left]
+        paddings = [0, 0, *sizes(padding, "padding", 1) * 2]
     images = input.unsqueeze(-2) if input.dim() == 3 else input[None, :, None, :]
-    y = run(images, weight.unsqueeze(-2), bias, strides, paddings, dilations).squeeze(-2)
+    args = images, weight.unsqueeze(-2), bias, strides, paddings, dilations
+    try:
+        y = run(*args).squeeze(-2)
+    except RuntimeError:
+        if not torch.is_autocast_enabled(input.device.type):  # which casts before it checks
+            check(*args, 1)  # says the same of one dimension
+        raise
     return y if input.dim() == 3 else y.squeeze(0)

@@ -27,19 +27,31 @@ from dlaccel.ops import depthwise_conv
 from dlaccel.ops._autograd import transformed
 from dlaccel.ops._common import described, is_compiling, total
 from dlaccel.ops._register import Op
-from dlaccel.ops.batch_norm import batch_norm
+from dlaccel.ops.batch_norm import batch_norm, check_given_eps, check_vectors
 from dlaccel.ops.depthwise_conv import dgrad_op, large_kernel, output_shape, padding_of, pair, wgrad_op
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 Size = int | Sequence[int]
 
 
-def check_pointwise(name: str, depthwise_weight: Tensor, pointwise_weight: Tensor) -> None:
+def check_weights(
+    name: str, x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, bias: Tensor | None, cast: bool = False
+) -> None:
+    """What the depthwise convolution does not check. cast: autocast, where it is on, will bring all to one dtype."""
     if pointwise_weight.dim() != 4 or pointwise_weight.shape[1:] != (depthwise_weight.shape[0], 1, 1):
         raise RuntimeError(
             f"{name}: pointwise_weight: expected (out_channels, {depthwise_weight.shape[0]}, 1, 1) "
             f"for depthwise_weight {tuple(depthwise_weight.shape)}, got {described(pointwise_weight)}"
         )
+    filters = pointwise_weight.shape[:1]
+    if bias is not None and bias.shape != filters:
+        raise RuntimeError(f"{name}: bias: expected {tuple(filters)}, got {described(bias)}")
+    weights = ("depthwise_weight", depthwise_weight), ("pointwise_weight", pointwise_weight), ("bias", bias)
+    for argument, t in weights:
+        if t is None or (t.dtype == x.dtype and t.device == x.device):
+            continue
+        if not (cast and torch.is_autocast_enabled(x.device.type)):
+            raise RuntimeError(f"{name}: {argument}: expected {x.dtype} on {x.device} like input, got {described(t)}")
 
 
 def check(
@@ -47,13 +59,7 @@ def check(
     stride: list[int], padding: list[int], dilation: list[int], activation: str | None,
 ) -> None:  # fmt: skip
     depthwise_conv.check(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
-    check_pointwise("separable_conv2d", depthwise_weight, pointwise_weight)
-    filters = pointwise_weight.shape[:1]
-    if bias is not None and bias.shape != filters:
-        raise RuntimeError(f"separable_conv2d: bias: expected {tuple(filters)}, got {described(bias)}")
-    for name, t in (("pointwise_weight", pointwise_weight), ("bias", bias)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise RuntimeError(f"separable_conv2d: {name}: expected {x.dtype} on {x.device} like input, got {described(t)}")
+    check_weights("separable_conv2d", x, depthwise_weight, pointwise_weight, bias)
     if activation not in (None, "relu", "relu6"):
         raise ValueError(f"separable_conv2d: activation: expected None, 'relu' or 'relu6', got {activation!r}")
 
@@ -175,7 +181,7 @@ def separable_conv2d(
     input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, bias: Tensor | None,
     stride: Size, padding: str | Size, dilation: Size,
 ) -> Tensor:  # fmt: skip
-    check_pointwise("separable_conv2d", depthwise_weight, pointwise_weight)
+    check_weights("separable_conv2d", input, depthwise_weight, pointwise_weight, bias, cast=True)
     return convolved(input, depthwise_weight, None, pointwise_weight, bias, stride, padding, dilation, None)
 
 
@@ -221,7 +227,9 @@ def depthwise_separable_block(
     name = "depthwise_separable_block"
     if activation not in ("relu", "relu6"):
         raise ValueError(f"{name}: activation: expected 'relu' or 'relu6', got {activation!r}")
-    check_pointwise(name, depthwise_weight, pointwise_weight)
+    if input.dim() != 4:
+        raise RuntimeError(f"{name}: input: expected (N, C, H, W), got {described(input)}")
+    check_weights(name, input, depthwise_weight, pointwise_weight, None, cast=True)
     tensors = (input, depthwise_weight, pointwise_weight, *bn1[:4], *bn2[:4])
     if not training and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return folded_block(input, depthwise_weight, bn1, pointwise_weight, bn2, stride, padding, dilation, eps, activation)
@@ -247,10 +255,13 @@ def folded_block(
     activation: str,
 ) -> Tensor:
     """Inference: both batch norms inside the convolutions."""
+    check_given_eps("depthwise_separable_block", eps)
     pairs = []
-    for weight, bn in ((depthwise_weight, bn1), (pointwise_weight, bn2)):
+    for name, weight, bn in (("bn1", depthwise_weight, bn1), ("bn2", pointwise_weight, bn2)):
         scale, shift, mean, var, _ = bn
+        prefix = f"depthwise_separable_block: {name}_"
         if mean is None or var is None:
-            raise RuntimeError("depthwise_separable_block: running_mean and running_var: expected both in evaluation, got None")
+            raise RuntimeError(f"{prefix}running_mean and {name}_running_var: expected both in evaluation, got None")
+        check_vectors(prefix, weight, weight.shape[0], bn[:4])
         pairs.append(folded(weight, scale, shift, mean, var, eps))
     return convolved(input, *pairs[0], *pairs[1], stride, padding, dilation, activation)
