@@ -34,6 +34,7 @@ from dlaccel.bench.worker import set_precision
 
 OK, WRONG, ABSENT = "ok", "WRONG", "-"
 TIMEOUT = 3600.0  # seconds for one provider
+KEEP_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -355,7 +356,7 @@ def verify(
                     for line in process.stdout:
                         if line.endswith("}\n"):  # else it was killed in mid-word
                             answers.append(json.loads(line))
-                        if time.monotonic() > kept + 5:
+                        if time.monotonic() >= kept + KEEP_EVERY:
                             keep([*found, *(Finding(**a) for a in answers if "unavailable" not in a)], absent)
                             kept = time.monotonic()
                 finally:
