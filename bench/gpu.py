@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -100,12 +101,7 @@ def _compile(share: float, *selection: str) -> Unit:
 
 def _tests(name: str, share: float, passed: Path, *selection: str) -> Unit:
     """Several processes: tests spend their time compiling."""
-    try:
-        import xdist  # noqa: F401
-
-        parallel = ["-n", "8", "--dist", "worksteal"]
-    except ImportError:
-        parallel = []
+    parallel = ["-n", "8", "--dist", "worksteal"] if find_spec("xdist") else []
     return Unit(
         name, _python("-m", "pytest", *selection, "-q", *parallel, "-p", "tests.passed", "--passed", str(passed)), share
     )

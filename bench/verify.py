@@ -345,7 +345,12 @@ def verify(
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env)
             assert process.stdin is not None and process.stdout is not None
             late = threading.Event()
-            timer = threading.Timer(timeout, lambda: (late.set(), process.kill()))
+
+            def kill(process: subprocess.Popen[str] = process, late: threading.Event = late) -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(timeout, kill)
             timer.start()
             kept = time.monotonic()
             with process:
