@@ -91,7 +91,7 @@ full: setup overlays
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEW) $(PY) -m pytest tests -q $(PARALLEL) --slow
 
 gpu:
-	PYTHONPATH=. $(PYTHON) -m dlaccel.bench.gpu
+	$(PYTHON) -m dlaccel.bench.gpu
 
 benchmark: setup
 	$(PY) -m pytest tests/benchmarks -q --benchmark-autosave

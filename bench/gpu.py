@@ -120,9 +120,8 @@ def units(out: Path, git_sha: str) -> list[Unit]:
     ops = list(families())
     passed = STATE / f"passed-{git_sha[:12]}.txt"
     run = ["run", "--device", "cuda", "--resume", "--out", str(out)]
-    peers = [
-        name for name in PEERS if provider.load(name).available() is None
-    ]  # of others each case would say that it is absent
+    # Of libraries that are not here each case would say so, in a process of its own.
+    peers = [name for name in PEERS if provider.load(name).available() is None]
     in_torch = ["dlaccel", "eager", "native", "cudnn", "addmm_activation"]
     return [
         _tests("smoke", 120, passed, "tests/test_gpu.py", "-k", "smoke"),
@@ -247,7 +246,8 @@ def visit(
     end = time.monotonic() + budget
     failed: set[str] = set()
     state.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(state / "triton")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(state / "triton")}
     with results.Writer(log) as file, _ended_in_order():
         while (left := end - time.monotonic()) >= LEAST:
             if (unit := next_unit(todo, outcomes(log, git_sha), failed)) is None:
@@ -279,21 +279,18 @@ def visit(
 
 def report(todo: Sequence[Unit], before: Sequence[Outcome], state: Path, say: Callable[[str], None]) -> None:
     """How each unit stands, and the tests that failed."""
-    codes = {one.unit: one.code for one in before}
+    how = {unit.name: "not begun" for unit in todo}
+    for one in before:
+        how[one.unit] = "to be continued" if one.code is None else f"failed ({one.code})" if one.code else "done"
     for unit in todo:
-        code = codes.get(unit.name)
-        how = (
-            "not begun"
-            if unit.name not in codes
-            else "to be continued"
-            if code is None
-            else f"failed ({code})"
-            if code
-            else "done"
-        )
-        say(f"{how:16} {unit.name}")
+        say(f"{how[unit.name]:16} {unit.name}")
     for path in sorted(state.glob("passed-*.failed")):
-        names = [line for line in path.read_text().splitlines() if line.startswith("FAILED ")]
+        passed = path.with_suffix(".txt")
+        since = {*passed.read_text().splitlines()} if passed.exists() else set()
+        failures = dict.fromkeys(
+            line.removeprefix("FAILED ") for line in path.read_text().splitlines() if line[:7] == "FAILED "
+        )
+        names = [name for name in failures if name not in since]
         say("\n".join([f"{len(names)} failures in {path.name}:", *names[:40]]))
 
 

@@ -1023,7 +1023,11 @@ def test_a_gpu_visit_goes_on_whatever_fails_and_continues_where_it_stopped(tmp_p
     ]
     with (tmp_path / "steps.jsonl").open("a") as file:
         file.write('{"unit": "te')  # killed in mid-write
-    assert visited(tmp_path, *todo)[0] == 1 and trace.read_text() == "a fails b fails "
+    (tmp_path / "state" / "passed-sha.txt").write_text("tests/a.py::mended\n")
+    (tmp_path / "state" / "passed-sha.failed").write_text("FAILED tests/a.py::bad\nwhy\n\nFAILED tests/a.py::mended\nwhy\n")
+    code, said = visited(tmp_path, *todo)
+    assert code == 1 and trace.read_text() == "a fails b fails "
+    assert said.endswith("1 failures in passed-sha.failed:\ntests/a.py::bad")
     assert visited(tmp_path, *todo, sha="another commit")[0] == 1 and trace.read_text().endswith("a fails b ")
 
 
