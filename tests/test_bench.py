@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1375,6 +1376,36 @@ if __name__ == "__main__":
             function(*args)
     print(before, cubins())
 """
+
+
+LAUNCHER_BEFOREHAND = """
+import os, torch
+from pathlib import Path
+from dlaccel.bench.compile import compile_launches, launches
+
+if __name__ == "__main__":
+    found = launches("linear_relu", "ragged blocks", torch.float32, "sm_90", backward=False)
+    assert [report.status for report in compile_launches([(one, "sm_90") for one in found], 1, keep=True)] == ["ok"]
+    print(len([*Path(os.environ["TRITON_CACHE_DIR"]).glob("*/__triton_launcher*.so")]))
+"""
+
+
+def test_the_launchers_of_triton_3_6_are_built_beforehand(tmp_path: Path) -> None:
+    """They link the driver; here one of empty functions."""
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith("3.6.") or not shutil.which("gcc"):
+        pytest.skip("Triton 3.6 alone compiles a launcher for each kernel, with gcc")
+    names = ("cuLaunchKernelEx", "cuGetErrorString", "cuPointerGetAttribute", "cuTensorMapEncodeTiled")
+    (tmp_path / "cuda.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in names))
+    driver = ["gcc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(tmp_path / "cuda.c")]
+    subprocess.run(driver, check=True)
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHER_BEFOREHAND)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join([str(gpu.ROOT), *sys.path])}
+    env |= {"TRITON_LIBCUDA_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1"], done.stdout + done.stderr
 
 
 def test_what_is_compiled_beforehand_is_what_a_launch_needs(tmp_path: Path) -> None:
