@@ -955,6 +955,7 @@ def test_kernel_times_resume_and_a_case_that_fails_leaves_the_others(tmp_path: P
     environment = {"gpu": H100, "git_sha": "sha", "cpu": "not a field"}
     count, problems, broke = kernel_times.measure(predicted, path, everything, environment)
     assert problems == [f"{'/'.join(cases[1][:2])} {cases[1][2]}: OutOfMemoryError: no room"] and broke is None
+    assert len({name.partition("/")[0] for name, _ in asked[:4]}) == 2, "ops take turns"
     rows, bad = kernel_times.read(path)
     assert len(rows) == count and not bad and {row.launch[:3] for row in rows} == {*cases} - {cases[1]}
     assert rows[0].median_ms == pytest.approx(0.005) and rows[0].gpu == H100
