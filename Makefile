@@ -6,8 +6,7 @@ STAMP := $(VENV)/.ready
 TRITON_OLD := 3.6.0
 TRITON_NEW := 3.9.0
 
-GPU_STEPS := gpu-test gpu-bench gpu-tune gpu-models gpu-claims gpu-sanitize
-.PHONY: gpu $(GPU_STEPS) help setup test test-overlays bench lint types overlays full mutants benchmark clean
+.PHONY: gpu help setup test test-overlays bench lint types overlays full mutants benchmark clean
 
 help:
 	@echo "make bench      check dlaccel, time it against PyTorch, train the digit classifier; results in results/"
@@ -16,20 +15,24 @@ help:
 	@echo "make mutants    seed bugs into the kernels; the tests must catch every one"
 	@echo "make full       every configuration, target and Triton version; slow"
 	@echo "make benchmark  the cases under pytest-benchmark"
-	@echo "make gpu        on a machine with a GPU: $(GPU_STEPS),"
-	@echo "                at most 9 minutes each, continuing where the last call stopped; into bench/results/<device>/"
+	@echo "make gpu        on a machine with a GPU: check, time, test, tune for 9 minutes, with the packages of $(PYTHON);"
+	@echo "                continues where the last call stopped; into bench/results/<device>/"
 
 # A Python that already has torch, triton, numpy, pytest and setuptools (a GPU machine, offline) is used as it is;
 # otherwise pip installs the exact set of constraints.txt. What is then still missing makes its tests skip, with the reason.
 HAS_ALL := import sys, torch, triton, numpy, pytest, setuptools; \
 	v = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2]); sys.exit(v < (2, 11))
 
+# What that Python sees, for a .pth file. --system-site-packages would show those of the Python that a virtual one was made from.
+ITS_PACKAGES := import sys; print(*(p for p in sys.path if "-packages" in p), sep="\n")
+
 setup: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@if $(PYTHON) -c '$(HAS_ALL)' 2>/dev/null; then \
 	    echo "using the torch, triton and pytest of $(PYTHON)"; \
-	    $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	    $(PYTHON) -m venv $(VENV) && \
+	    $(PYTHON) -c '$(ITS_PACKAGES)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/given.pth" && \
 	    $(PY) -m pip install -q --no-deps --no-build-isolation -e . ; \
 	else \
 	    echo "installing the packages of constraints.txt into $(VENV) (some minutes)"; \
@@ -87,10 +90,8 @@ full: setup overlays
 	PYTHONPATH=$(VENV)/triton-$(TRITON_OLD) $(PY) -m pytest tests -q $(PARALLEL) --slow
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEW) $(PY) -m pytest tests -q $(PARALLEL) --slow
 
-gpu: $(GPU_STEPS)
-
-$(GPU_STEPS): gpu-%: setup
-	$(PY) -m dlaccel.bench.gpu $*
+gpu:
+	$(PYTHON) -m dlaccel.bench.gpu
 
 benchmark: setup
 	$(PY) -m pytest tests/benchmarks -q --benchmark-autosave

@@ -192,10 +192,13 @@ def do_verify(args: argparse.Namespace) -> int:
     names = args.provider or [name for name in provider.names() if not name.startswith("compile")]  # minutes of compiling
     backends = [args.backend] if args.backend else ["torch", "triton"]
     pairs = [(name, backend) for name in names for backend in (backends if name == "dlaccel" else [""])]
-    found, absent = verify.verify(pairs, ops, rows, args.device, args.sample, progress=bar)
+
+    def keep(found: list[verify.Finding], absent: dict[str, str]) -> None:
+        if args.out is not None:
+            verify.save(args.out / "verify.json", found, absent, args.device)
+
+    found, absent = verify.verify(pairs, ops, rows, args.device, args.sample, progress=bar, keep=keep)
     print(verify.text(found, absent, summary.table, args.device))
-    if args.out is not None:
-        verify.save(args.out / "verify.json", found, absent, args.device)
     if any(f.outcome == verify.WRONG and f.provider.startswith("dlaccel") for f in found):
         return INCORRECT
     return OK if found else NOTHING

@@ -182,7 +182,8 @@ def compile_launches(jobs: Sequence[tuple[Launch, str]], processes: int | None =
     """Compile each launch for its target in spawned processes (default: one per usable core) and read the result.
 
     Launches that Triton would compile to the same code are compiled once. A failed compilation is a Report too.
-    keep: what was compiled goes to Triton's own cache, so that a GPU of this target need not compile it.
+    keep: what was compiled goes to Triton's own cache, so that a GPU of this target need not compile it; where there is a CUDA
+    driver, with the C code by which Triton 3.6 starts it.
     """
     keys = [identity(launch, target) for launch, target in jobs]
     found: dict[str, Report] = {}
@@ -419,8 +420,13 @@ class NamesATarget:
         return 0
 
 
+_keeps = False  # this worker's code goes to the user's own cache
+
+
 def start_worker(folder: str) -> None:
     """folder: Triton's cache; empty: the user's own, with keys as in any other process."""
+    global _keeps
+    _keeps = not folder
     os.environ.pop("TRITON_INTERPRET", None)
     if folder:
         os.environ["TRITON_CACHE_DIR"] = folder
@@ -443,6 +449,11 @@ def _compile(pickled: bytes, name: str, target: str) -> Report:
         kernel, grid, args, options = pickle.loads(pickled)
         compiled = kernel.warmup(*args, grid=grid, **options)
         found = _read_nvidia(compiled) if device.backend == "cuda" else _read_amd(compiled)
+        if _keeps and device.backend == "cuda":
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            with contextlib.suppress(Exception):  # no driver; later versions have one for all kernels
+                CudaLauncher(compiled.src, compiled.metadata)
     except Exception as error:
         lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
         return Report(name, target, _triton_version(), "failed", " ".join(lines)[:300])

@@ -1,10 +1,10 @@
 """What each kernel of dlaccel takes on this GPU, beside what the model predicted (bench/results/predicted).
 
-    python -m dlaccel.bench.kernel_times --out bench/results/h100 [--op OP] [--budget SECONDS]
+    python -m dlaccel.bench.kernel_times --out bench/results/h100 [--op OP]
 
 Runs a forward and backward pass of every case that has predictions for this GPU under torch's profiler, after a flush of the
-L2 cache, and appends a row for each launch of a kernel to kernels.jsonl. What this commit has measured is not measured again.
-Not yet run on a GPU.
+L2 cache, and appends a row for each launch of a kernel to kernels.jsonl. The ops take turns, so that it may be ended at any
+time. What this commit has measured is not measured again. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,11 +27,13 @@ from torch._C._autograd import DeviceType
 from dlaccel.backend import use_backend
 from dlaccel.bench import model, results
 from dlaccel.bench.case import Case, families, implementation, normal
-from dlaccel.bench.timing import percentile
+from dlaccel.bench.timing import gpu_is_lost, percentile
+from dlaccel.bench.worker import set_precision
 
 ROUNDS = 20
 FILE = "kernels.jsonl"
-Launch = tuple[str, str, str, str, int]  # op, case, dtype, kernel, which of its launches in a call
+Called = tuple[str, str, str]  # op, case, dtype
+Launch = tuple[str, str, str, str, int]  # and kernel, which of its launches in a call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,28 +191,47 @@ def training_step(case: Case, dtype: torch.dtype) -> Callable[[], object]:
     return call
 
 
+def in_turns(todo: Iterable[Called]) -> list[Called]:
+    """Each op's first case in every dtype, then each op's second, ..."""
+    place: dict[tuple[str, str], int] = {}
+    count: Counter[str] = Counter()
+    for op, case, _ in todo:
+        if (op, case) not in place:
+            place[op, case] = count[op]
+            count[op] += 1
+    return sorted(todo, key=lambda called: place[called[:2]])
+
+
 def measure(
-    predicted: dict[Launch, dict[str, Any]], path: Path, ops: Sequence[str], deadline: float, environment: dict[str, Any]
-) -> tuple[int, list[str]]:
-    """Appends what is missing to `path`. (Number of new rows, what went wrong.) A case that fails leaves the others."""
+    predicted: dict[Launch, dict[str, Any]],
+    path: Path,
+    ops: Sequence[str],
+    environment: dict[str, Any],
+    skip: Iterable[str] = (),
+) -> tuple[int, list[str], str | None]:
+    """Appends what is missing to `path`, but the cases in `skip`. A case that fails leaves the others.
+
+    (Number of new rows, what went wrong, the case after which this process cannot use the GPU any more.)
+    """
     have = {one.launch[:3] for one in read(path)[0] if (one.git_sha, one.gpu) == (environment["git_sha"], environment["gpu"])}
-    todo: dict[tuple[str, str, str], set[str]] = {}
+    todo: dict[Called, set[str]] = {}
     for op, case, dtype, kernel, _ in predicted:
         if op in ops and (op, case, dtype) not in have:
             todo.setdefault((op, case, dtype), set()).add(kernel)
     count, problems = 0, []
     given = {field.name: environment[field.name] for field in fields(KernelTime) if field.name in environment}
     with results.Writer(path) as file:
-        for number, ((op, name, dtype), kernels) in enumerate(todo.items(), start=1):
-            if time.time() > deadline:
-                problems.append(f"the budget is used; {len(todo) - number + 1} of {len(todo)} cases are left")
-                break
-            print(f"[{number}/{len(todo)}] {op}/{name} {dtype}", file=sys.stderr)
+        for number, (op, name, dtype) in enumerate(in_turns(todo), start=1):
+            if (called := f"{op}/{name} {dtype}") in skip:
+                continue
+            print(f"[{number}/{len(todo)}] {called}", file=sys.stderr)
             try:
                 case = next(case for case in families()[op].CASES if case.name == name)
-                times = by_launch(profiled(training_step(case, getattr(torch, dtype)), ROUNDS), kernels, ROUNDS)
+                times = by_launch(profiled(training_step(case, getattr(torch, dtype)), ROUNDS), todo[op, name, dtype], ROUNDS)
             except Exception as error:
-                problems.append(" ".join(f"{op}/{name} {dtype}: {type(error).__name__}: {error}".split())[:300])
+                problems.append(" ".join(f"{called}: {type(error).__name__}: {error}".split())[:300])
+                if gpu_is_lost():
+                    return count, problems, called
                 continue
             for (kernel, nth), us in times.items():
                 ms = [round(t / 1e3, 6) for t in us]
@@ -218,7 +239,7 @@ def measure(
                                  median_ms=statistics.median(ms), time_utc=results.now(), **given)  # fmt: skip
                 file.write(asdict(row))
                 count += 1
-    return count, problems
+    return count, problems, None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,20 +248,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--op", action="append", choices=list(families()), help="default: all; repeatable")
-    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after this")
+    parser.add_argument("--skip", action="append", default=[], metavar="'OP/CASE DTYPE'", help="leave this one out; repeatable")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("torch sees no CUDA device; kernels are timed on a GPU only", file=sys.stderr)
         return 2
+    set_precision("ieee")
     environment = results.provenance("cuda", threads=0, clock="", precision="ieee", seed=0)
-    path, deadline = args.out / FILE, time.time() + args.budget
-    count, problems = measure(predictions(environment["gpu"]), path, args.op or list(families()), deadline, environment)
+    path = args.out / FILE
+    if not (predicted := predictions(environment["gpu"])):
+        known = ", ".join(model.GPUS)
+        print(f"bench/results/predicted has nothing for {environment['gpu']}, only for {known}", file=sys.stderr)
+        return 2
+    count, problems, broke = measure(predicted, path, args.op or list(families()), environment, args.skip)
     for line in problems:
         print(line, file=sys.stderr)
+    if broke is not None:
+        words = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, "-m", "dlaccel.bench.kernel_times", *words, "--skip", broke])
     for gpu, op, mean, n in means(pairs(read(path)[0])):
         print(f"{gpu}, {op}: measured {mean:.2f} x predicted, geometric mean over {n} kernels")
     print(f"{count} rows new in {path}")
-    return 0
+    return 1 if problems or args.skip else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ long it took (only if it was), and on what it was measured.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -157,10 +158,19 @@ def provenance(device: str, *, threads: int, clock: str, precision: str, seed: i
         "triton": package_version("triton"),
         "numpy": package_version("numpy"),
         "python": platform.python_version(),
-        "git_sha": _output("git", "-C", str(root), "rev-parse", "HEAD"),
+        "git_sha": _output("git", "-C", str(root), "rev-parse", "HEAD") or source_hash(root),
         "git_dirty": bool(_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")),
         "seed": seed,
     }
+
+
+def source_hash(root: Path) -> str:
+    """Instead of a commit, where there is no repository: of the code that may change a result."""
+    digest = hashlib.sha256()
+    for folder in ("bench", "dlaccel", "kernels", "tests"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:40]
 
 
 def now() -> str:

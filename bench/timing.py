@@ -188,6 +188,17 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+def gpu_is_lost() -> bool:
+    """After an illegal access every CUDA call of a process fails."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def peak_memory(step: Step, values: Values) -> int | None:
     """The most memory that the timed part of one call holds at a time beyond what was there before it, in bytes."""
     step.load(values)
@@ -217,27 +228,25 @@ def peak_memory(step: Step, values: Values) -> int | None:
 def graph_ms(step: Step, values: Values, replays: int = 100) -> float | None:
     """Milliseconds of one replay from a CUDA graph, warm cache, or None if the call cannot be captured.
 
-    Not yet run on a GPU.
+    After a capture that failed the allocator and the generator of the process may be of no use. Not yet run on a GPU.
     """
     step.load(values)
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     grad = torch.set_grad_enabled(step.mode != "fwd")
-    with grad, step.context(), _no_garbage_collection():  # a kernel finalised inside a capture breaks it
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    step.prepare()
-                    step.run()
-            torch.cuda.current_stream().wait_stream(stream)
-            step.prepare()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
+    try:
+        # One stream for all: autograd runs a node on the stream of its forward. torch.cuda.graph leaves it current when a
+        # capture fails; the outer context does not. A kernel finalised inside a capture breaks it.
+        with grad, step.context(), _no_garbage_collection(), torch.cuda.stream(stream):
+            for _ in range(3):
+                step.prepare()
                 step.run()
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return None
+            step.prepare()
+            with torch.cuda.graph(graph, stream=stream):
+                step.run()
+    except RuntimeError:
+        return None
+    torch.cuda.current_stream().wait_stream(stream)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     start.record()

@@ -58,6 +58,7 @@ def tune(
     timer: Timer | None = None,
     path: Path | str | None = None,
     resume: bool = False,
+    one_launch: bool = False,
 ) -> list[Tuned]:
     """Measure the candidate configurations of an op's kernels on the current GPU, and use the fastest from now on.
 
@@ -69,6 +70,8 @@ def tune(
         timer: microseconds of a call; default: CUDA events around the call with a cold L2 cache, median.
         path: the table to write; default: this device's in DLACCEL_CACHE_DIR.
         resume: leave out what the table holds already.
+        one_launch: try only the candidates that run both passes of batch_norm in one launch, against what is chosen now.
+            Otherwise they are left out: their programs wait for each other, and have not yet run on a GPU.
 
     Returns:
         One Tuned for each kernel, dtype and sizes, also where the static choice won.
@@ -98,10 +101,18 @@ def tune(
             for choice, target, of, sizes in consulted:
                 if choice.candidates is None or (choice.name, target, of, sizes) in found:
                     continue
+                configs = choice.alternatives(target, of, *sizes)
+                waiting = [candidate for candidate in configs if "TICKET" in candidate]
+                if one_launch and not waiting:
+                    continue
+                configs = [c for c in configs if c not in waiting]
+                if one_launch:
+                    now = choice(torch.device(device), of, *sizes)
+                    configs = [configs[0], *([] if now == configs[0] else [now]), *(c for c in waiting if c != now)]
                 table = Path(path) if path is not None else measured.user_file(target.name)
                 if resume and measured.holds(table, target.name, measured.key(choice.name, of, sizes)):
                     continue
-                best = _fastest(choice, choice.alternatives(target, of, *sizes), lambda: _run(function, args), reference, timer)
+                best = _fastest(choice, configs, lambda: _run(function, args), reference, timer)
                 found[choice.name, target, of, sizes] = tuned = Tuned(choice.name, of, sizes, *best)
                 entry = {"config": tuned.config, "us": tuned.us, "static_us": tuned.static_us, "time_utc": _now()}
                 measured.save(table, target.name, {measured.key(choice.name, of, sizes): entry})
@@ -191,6 +202,7 @@ def _now() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_lists(parser, op="default: all", case="default: those timed on GPUs", dtype="of bf16, fp16, fp32 (default: bf16, fp32)")
     parser.add_argument("--resume", action="store_true", help="leave out what the table holds already")
+    parser.add_argument("--one-launch", action="store_true", help="only batch_norm's candidates with both passes in one launch")
     parser.add_argument("--shipped", action="store_true", help="write kernels/tuned/<device>.json of this checkout")
 
 
@@ -206,7 +218,8 @@ def main(args: argparse.Namespace) -> int:
     cases = [case for op in ops for case in known[op].CASES if args.case or "cuda" in case.devices]
     for case in named(args.case, cases) if args.case else cases:
         for dtype in dtypes:
-            for tuned in tune(case.op, [case], dtype=getattr(torch, DTYPES[dtype]), path=path, resume=args.resume):
+            of = getattr(torch, DTYPES[dtype])
+            for tuned in tune(case.op, [case], dtype=of, path=path, resume=args.resume, one_launch=args.one_launch):
                 print(tuned, *tuned.failed, sep="\n    ", flush=True)
     print(f"wrote {os.fspath(path)}")
     return 0

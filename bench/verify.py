@@ -6,6 +6,7 @@ lines on standard output), so that one that crashes leaves the others alone. Wit
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -14,6 +15,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,9 +30,11 @@ from dlaccel.bench import gate, results
 from dlaccel.bench.accuracy import close_enough
 from dlaccel.bench.case import Case, Function, families
 from dlaccel.bench.provider import Provider, Unavailable, load
+from dlaccel.bench.worker import set_precision
 
 OK, WRONG, ABSENT = "ok", "WRONG", "-"
 TIMEOUT = 3600.0  # seconds for one provider
+KEEP_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -291,6 +296,7 @@ def main() -> None:
     os.dup2(2, 1)
     job = json.loads(sys.stdin.read())
     torch.set_num_threads(1)
+    set_precision("ieee")
     provider = load(job["provider"])
     if provider.name == "dlaccel":
         problem = importlib.import_module("dlaccel.backend").triton_problem()
@@ -318,8 +324,12 @@ def verify(
     sample: str | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     timeout: float = TIMEOUT,
+    keep: Callable[[list[Finding], dict[str, str]], None] = lambda found, absent: None,
 ) -> tuple[list[Finding], dict[str, str]]:
-    """Findings of all (provider, backend), and for each that cannot be used here the reason."""
+    """Findings of all (provider, backend), and for each that cannot be used here the reason.
+
+    keep: called every few seconds with what there is so far.
+    """
     found: list[Finding] = []
     absent: dict[str, str] = {}
     for name, backend in progress(providers):
@@ -329,16 +339,36 @@ def verify(
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, (_root(), env.get("PYTHONPATH"))))}
         env |= {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "dlaccel.bench.verify"]
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
-            try:
-                done = subprocess.run(
-                    command, input=json.dumps(job), stdout=out, stderr=log, text=True, env=env, timeout=timeout, check=False
-                )
-                ending = f"the process ended with {done.returncode}" if done.returncode else ""
-            except subprocess.TimeoutExpired:
-                ending = f"no answer within {timeout:.0f} s"
-            out.seek(0)
-            answers = [json.loads(line) for line in out.read().splitlines() if line.endswith("}")]
+        answers: list[dict[str, Any]] = []
+        with tempfile.TemporaryFile("w+") as log:
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env)
+            assert process.stdin is not None and process.stdout is not None
+            late = threading.Event()
+
+            def kill(process: subprocess.Popen[str] = process, late: threading.Event = late) -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(timeout, kill)
+            timer.start()
+            kept = time.monotonic()
+            with process:
+                try:
+                    with contextlib.suppress(BrokenPipeError):  # it has ended already
+                        process.stdin.write(json.dumps(job))
+                        process.stdin.close()
+                    for line in process.stdout:
+                        if line.endswith("}\n"):  # else it was killed in mid-word
+                            answers.append(json.loads(line))
+                        if time.monotonic() >= kept + KEEP_EVERY:
+                            keep([*found, *(Finding(**a) for a in answers if "unavailable" not in a)], absent)
+                            kept = time.monotonic()
+                finally:
+                    timer.cancel()
+            ending = f"no answer within {timeout:.0f} s" if late.is_set() else ""
+            if process.returncode and not ending:
+                ending = f"the process ended with {process.returncode}"
             log.seek(0)
             last = (log.read().strip().splitlines() or [""])[-1]
         mine = [Finding(**answer) for answer in answers if "unavailable" not in answer]
@@ -351,6 +381,7 @@ def verify(
             found += mine
         if ending:
             absent[label] = f"{ending}, after {len(answers)} findings: {last[:200]}"
+        keep(found, absent)
     return found, absent
 
 

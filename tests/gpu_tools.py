@@ -33,15 +33,14 @@ def no_host_sync() -> Iterator[None]:
 
 
 def captured(f: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    side = torch.cuda.Stream()
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side):  # torch.cuda.graph leaves its stream current when a capture fails; this does not
         for _ in range(3):
             f()
+        with torch.cuda.graph(graph, stream=side):
+            results = f()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = f()
     return graph, results
 
 

@@ -4,6 +4,7 @@ DEVICE, INTERPRET            where tensors of a test live; whether kernels are i
 EMULATED                     the GPU whose compiled kernels tests/ptx runs on the CPU, or ""
 LAYOUTS[name](t)             the same shape (and, but for expanded ones, the same values) with other strides; detached
 COTANGENTS[name](y)          a gradient for y: dense, stride 0, laid out differently
+constants(module, NAME=...)  context: other constants of a kernel's launchers
 poisoned()                   context: torch.empty and its relatives are filled with NaN (maximum, True)
 unchanged(*tensors)          context: fails if a tensor's values are not the same afterwards
 check(f, eager, tensors)     f and its gradients against eager and float64, by dlaccel.bench.accuracy.close_enough;
@@ -18,6 +19,8 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,6 +189,21 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn)
+
+
+@contextlib.contextmanager
+def constants(module: ModuleType, **values: Any) -> Iterator[None]:
+    """What launchers planned with other constants is forgotten, before and after."""
+    from dlaccel.kernels import config
+
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        config.forget_measured()
+        yield
+    finally:
+        vars(module).update(before)
+        config.forget_measured()
 
 
 # ---- big tensors ----------------------------------------------------------------------------------------------------

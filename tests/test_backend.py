@@ -16,7 +16,7 @@ import dlaccel.functional as F
 from dlaccel import backend
 from dlaccel.fallback import linear_relu as fallback
 from dlaccel.ops._register import LAUNCHES, REGISTRY
-from tests.kit import unchanged
+from tests.kit import DEVICE, unchanged
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ def test_triton_without_gpu_and_interpreter_says_why() -> None:
 def test_the_chosen_backend_is_the_one_that_runs(chosen: str) -> None:
     LAUNCHES.clear()
     with dlaccel.use_backend(chosen):
-        F.linear_relu(torch.ones(4, 3), torch.ones(2, 3))
+        F.linear_relu(torch.ones(4, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE))
     assert dict(LAUNCHES) == {("linear_relu", chosen): 1}
 
 
@@ -92,7 +92,7 @@ def test_explain() -> None:
     assert (found.op, found.backend) == ("linear_relu", "torch")
     assert "matrix product" in found.kernel and "the tensors are on the CPU" in str(found)
     with dlaccel.use_backend("triton"):
-        found = dlaccel.explain("linear_relu", *inputs())
+        found = dlaccel.explain("linear_relu", *inputs(DEVICE))
     assert found.backend == "triton" and "linear_relu_kernel, BLOCK_M=" in found.kernel
     assert "static choice" in found.kernel
 

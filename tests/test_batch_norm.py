@@ -22,7 +22,7 @@ from dlaccel.fallback import batch_norm as fallback
 from dlaccel.ops._register import LAUNCHES
 from tests import conformance
 from tests.conformance import DTYPES
-from tests.kit import COTANGENTS, DEVICE, INTERPRET, LAYOUTS, check, poisoned, sparse, unchanged, with_gradients
+from tests.kit import COTANGENTS, DEVICE, INTERPRET, LAYOUTS, check, constants, poisoned, sparse, unchanged, with_gradients
 from tests.strategies import given, sizes, st
 from tests.strategies import tensors as drawn
 
@@ -316,14 +316,12 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]
 
 @pytest.mark.skipif(not INTERPRET, reason="changes a constant of the launchers")
 @pytest.mark.parametrize("shape", [(9, 2, 5, 17), (90, 20)], ids=str)
-def test_sums_of_many_slices(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_many_slices(shape: tuple[int, ...]) -> None:
     from dlaccel.kernels import batch_norm as kernels
     from dlaccel.kernels.launch import COUNTS
 
-    monkeypatch.setattr(kernels, "DIRECT", 1)
-    monkeypatch.setattr(kernels, "GROUPS", 2)
     COUNTS.clear()
-    with dlaccel.use_backend("triton"), poisoned():
+    with constants(kernels, DIRECT=1, GROUPS=2), dlaccel.use_backend("triton"), poisoned():
         Call(shape[1]).check(tensors(shape))
     assert COUNTS["collapse_kernel"] == 3  # forward twice, backward once
 

@@ -30,7 +30,7 @@ from dlaccel.kernels.batch_norm import backward_config, draw, explain, forward_c
 from dlaccel.kernels.config import cdiv
 from dlaccel.kernels.launch import COUNTS
 from tests.gpu_tools import busy_stream
-from tests.kit import COTANGENTS, DEVICE, INTERPRET, LAYOUTS, poisoned, with_gradients
+from tests.kit import COTANGENTS, DEVICE, INTERPRET, LAYOUTS, constants, poisoned, with_gradients
 from tests.test_batch_norm import ALL, SHAPES, Call, tensors
 
 
@@ -111,15 +111,14 @@ def test_subsets_of_gradients_in_one_launch(wanted: str, launched: str) -> None:
 @pytest.mark.skipif(not INTERPRET, reason="changes constants of the launchers")
 @pytest.mark.parametrize("lag", [1, 3, 9])
 @pytest.mark.parametrize("group", [1, 3, 7])
-def test_groups_of_one_launch(group: int, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_one_launch(group: int, lag: int) -> None:
     given = tensors((5, 7, 31), names=ALL)
     l2 = 2 * (lag + 1) * group * (2 * 5 * 31 * 4)  # for so many channels of x and dy
-    monkeypatch.setattr(config, "INTERPRETER", dataclasses.replace(config.INTERPRETER, l2=l2))
-    monkeypatch.setattr(kernels, "LAG", lag)
     x = given[0].detach()
-    with in_one_launch(x):
-        assert tiled(backward_config, x.device, x.dtype, x.shape, x.stride(), twice=2).group == group
-    check_one_launch(given)
+    with constants(config, INTERPRETER=dataclasses.replace(config.INTERPRETER, l2=l2)), constants(kernels, LAG=lag):
+        with in_one_launch(x):
+            assert tiled(backward_config, x.device, x.dtype, x.shape, x.stride(), twice=2).group == group
+        check_one_launch(given)
 
 
 @triton.jit
@@ -165,7 +164,7 @@ def test_only_what_fits_the_cache_is_offered_one_launch() -> None:
 
 
 def test_explain_names_the_one_launch() -> None:
-    x = torch.randn(8, 5)
+    x = torch.randn(8, 5, device=DEVICE)
     args = (x, None, None, None, None, None, None, 0.1, 1e-5, None)
     with in_one_launch(x):
         kernels.batch_norm(*args)

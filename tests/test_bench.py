@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -785,6 +789,29 @@ def test_a_provider_that_hangs_or_crashes_leaves_the_others(tmp_path: Path, monk
     assert not found and absent[str(mine)].startswith("no answer within 2 s, after 0 findings")
 
 
+def test_verify_keeps_what_it_has_found_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a run that is ended; within a provider too."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE)
+    kept: list[int] = []
+    monkeypatch.setattr(verify, "KEEP_EVERY", 0.0)
+    providers = [("eager", ""), (str(mine), "")]
+    found, _ = verify.verify(providers, ["linear_relu"], ["values"], "cpu", keep=lambda found, absent: kept.append(len(found)))
+    assert kept == sorted(kept) and kept[-1] == len(found) and {1, 2, len(found) // 2} <= {*kept}
+
+
+def test_verify_and_its_eager_multiply_float32_alike() -> None:
+    """cuDNN's default is TF32, whose error would be the yardstick."""
+    job = {"provider": "eager", "label": "eager", "device": "cpu", "ops": [], "rows": [], "sample": None}
+    code = """
+import torch
+from dlaccel.bench import verify
+verify.main()
+assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+"""
+    subprocess.run(python(code), input=json.dumps(job), text=True, check=True)
+
+
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 
@@ -926,122 +953,406 @@ def test_kernel_times_resume_and_a_case_that_fails_leaves_the_others(tmp_path: P
     )
     path, everything = tmp_path / kernel_times.FILE, ["linear_relu", "cross_entropy"]
     environment = {"gpu": H100, "git_sha": "sha", "cpu": "not a field"}
-    count, problems = kernel_times.measure(predicted, path, everything, 2e9 * 10, environment)
-    assert problems == [f"{'/'.join(cases[1][:2])} {cases[1][2]}: OutOfMemoryError: no room"]
+    count, problems, broke = kernel_times.measure(predicted, path, everything, environment)
+    assert problems == [f"{'/'.join(cases[1][:2])} {cases[1][2]}: OutOfMemoryError: no room"] and broke is None
+    assert len({name.partition("/")[0] for name, _ in asked[:4]}) == 2, "ops take turns"
     rows, bad = kernel_times.read(path)
     assert len(rows) == count and not bad and {row.launch[:3] for row in rows} == {*cases} - {cases[1]}
     assert rows[0].median_ms == pytest.approx(0.005) and rows[0].gpu == H100
-    kernel_times.measure(predicted, path, everything, 2e9 * 10, environment)
+    kernel_times.measure(predicted, path, everything, environment)
     assert len(asked) == len(cases) + 1, "only what failed is measured again"
-    count, problems = kernel_times.measure(predicted, path, everything, 0.0, environment | {"git_sha": "next"})
-    assert count == 0 and problems == [f"the budget is used; {len(cases)} of {len(cases)} cases are left"]
+
+    asked.clear()
+    monkeypatch.setattr(kernel_times, "gpu_is_lost", lambda: True)
+    following = environment | {"git_sha": "next"}
+    count, problems, broke = kernel_times.measure(predicted, path, everything, following)
+    assert len(asked) == 2 and broke == f"{'/'.join(cases[1][:2])} {cases[1][2]}"
+    kernel_times.measure(predicted, path, everything, following, [broke])
+    assert len(asked) == len(cases) and f"{'/'.join(cases[1][:2])}" not in {name for name, _ in asked[2:4]}
 
 
-# ---- steps of a GPU machine -----------------------------------------------------------------------------------------
+def test_kernel_times_of_all_ops_take_turns() -> None:
+    predicted = kernel_times.predictions(H100)
+    order = kernel_times.in_turns(dict.fromkeys(key[:3] for key in predicted))
+    ops = {op for op, *_ in order}
+    first = order[: 2 * 2 * len(ops)]
+    assert {(op, dtype): sum(one[0] == op and one[2] == dtype for one in first) for op, _, dtype in first} == dict.fromkeys(
+        itertools.product(ops, ("bfloat16", "float32")), 2
+    )
+    assert len(order) == len({*order}) == len({key[:3] for key in predicted})
+
+
+def test_kernel_times_without_predictions_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "provenance", lambda *_, **__: {"gpu": "NVIDIA T4", "git_sha": ""})
+    backends: Any = torch.backends
+    with switched(backends.cudnn.conv, fp32_precision="tf32"), switched(backends.cuda.matmul, fp32_precision="tf32"):
+        assert kernel_times.main(["--out", str(tmp_path)]) == 2
+        assert backends.cudnn.conv.fp32_precision == backends.cuda.matmul.fp32_precision == "ieee"
+    assert "has nothing for NVIDIA T4, only for " in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+# ---- what a GPU machine runs ----------------------------------------------------------------------------------------
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_gpu_steps_continue_where_they_stopped(tmp_path: Path) -> None:
-    log, trace = tmp_path / "steps.jsonl", tmp_path / "trace"
+def visited(tmp_path: Path, *todo: gpu.Unit, budget: float = 100, sha: str = "sha") -> tuple[int, str]:
+    """(exit code, what it says) of a visit."""
+    said: list[str] = []
+    code = gpu.visit(todo, tmp_path / "steps.jsonl", tmp_path / "state", budget, sha, said.append)
+    return code, "\n".join(said)
+
+
+def test_a_gpu_visit_goes_on_whatever_fails_and_continues_where_it_stopped(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
     note = f"import sys; open({str(trace)!r}, 'a').write(sys.argv[1] + ' ')"
     todo = [
-        gpu.Unit("a", [*python(note + "; print('shown')"), "a"], keep=True),
-        gpu.Unit("fails", python("raise SystemExit(5)")),
-        gpu.Unit("bench", [*python(note), gpu.BUDGET], resumes=True),
-        gpu.Unit("missing", ["/no/such/program"]),
+        gpu.Unit("a", [*python(note + "; print('shown')"), "a"], 60),
+        gpu.Unit("fails", [*python(note + "; raise SystemExit(5)"), "fails"], 60),
+        gpu.Unit("missing", ["/no/such/program"], 60),
+        gpu.Unit("b", [*python(note), "b"], 60),
     ]
-    said: list[str] = []
-    assert gpu.run_step("test", todo, log, 50, "sha", said.append) == 5
-    assert trace.read_text().split()[0] == "a" and 1 <= float(trace.read_text().split()[1]) <= 30  # less the last 20 s
-    with log.open("a") as file:
-        file.write('{"step": "te')  # killed in mid-write
-    assert "shown\n" in said and (tmp_path / "a.txt").read_text() == "shown\n"
-    said.clear()
-    assert gpu.run_step("test", todo, log, 50, "sha", said.append) == 5
-    assert "[1/4] a: done before" in said and trace.read_text().split().count("a") == 1
-    assert len(trace.read_text().split()) == 3, "what resumes by itself runs again"
-    codes = [json.loads(line)["code"] for line in log.read_text().splitlines() if line.endswith("}")]
-    assert codes == [0, 5, 0, 127, 5, 0, 127]
-    assert gpu.run_step("test", todo, log, 50, "another commit", said.append) == 5
-    assert trace.read_text().split().count("a") == 2
+    code, said = visited(tmp_path, *todo)
+    assert code == 1 and trace.read_text() == "a fails b ", "what fails is not repeated in one call"
+    assert "    shown" in said and (tmp_path / "state" / "a.log").read_text() == "shown\n"
+    assert said.splitlines()[-4:] == [
+        f"{how:16} {name}" for how, name in (("done", "a"), ("failed (5)", "fails"), ("failed (127)", "missing"), ("done", "b"))
+    ]
+    with (tmp_path / "steps.jsonl").open("a") as file:
+        file.write('{"unit": "te')  # killed in mid-write
+    (tmp_path / "state" / "passed-sha.txt").write_text("tests/a.py::mended\n")
+    (tmp_path / "state" / "passed-sha.failed").write_text("FAILED tests/a.py::bad\nwhy\n\nFAILED tests/a.py::mended\nwhy\n")
+    code, said = visited(tmp_path, *todo)
+    assert code == 1 and trace.read_text() == "a fails b fails "
+    assert said.endswith("1 failures in passed-sha.failed:\ntests/a.py::bad")
+    assert visited(tmp_path, *todo, sha="another commit")[0] == 1 and trace.read_text().endswith("a fails b ")
 
 
-def test_gpu_step_ends_within_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With everything that its command has started: a worker left behind would hold the GPU."""
-    monkeypatch.setattr(gpu, "LEAST", 0.1)
-    child = tmp_path / "child"
-    code = f"""
-import subprocess, sys, time
-started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-open({str(child)!r}, "w").write(str(started.pid))
-time.sleep(60)"""
-    todo = [gpu.Unit("sleeps", python(code), least=1), gpu.Unit("next", python(""), least=1)]
-    said: list[str] = []
-    assert gpu.run_step("test", todo, tmp_path / "steps.jsonl", 4.0, "sha", said.append) == 0
-    assert json.loads((tmp_path / "steps.jsonl").read_text())["code"] is None
-    assert "the next call continues here" in said[-1]
-    state = Path(f"/proc/{child.read_text()}/stat")
-    deadline = time.monotonic() + 20  # a killed process still needs a moment of the CPU to end
+def test_the_unit_with_the_fewest_shares_is_next() -> None:
+    def ended(unit: str, seconds: float, code: int | None = None) -> gpu.Outcome:
+        return gpu.Outcome(unit, code, seconds, "sha", "")
+
+    todo = [gpu.Unit("a", [], 100), gpu.Unit("b", [], 50), gpu.Unit("c", [], 10)]
+
+    def after(*before: gpu.Outcome, failed: str = "") -> str | None:
+        unit = gpu.next_unit(todo, before, {failed})
+        return None if unit is None else unit.name
+
+    assert after() == "a"
+    assert after(ended("a", 40)) == "a", "the budget was used before its share"
+    assert after(ended("a", 40), ended("a", 60)) == "b"
+    assert after(ended("a", 100), ended("b", 3, code=1)) == "b" and after(ended("a", 100), failed="b") == "c"
+    assert after(ended("a", 100), ended("b", 50), ended("c", 10)) == "a"
+    assert after(ended("a", 100), ended("b", 5, code=0), ended("c", 10, code=0)) == "a"
+    assert after(*(ended(name, 1, code=0) for name in "abc")) is None
+
+
+def gone(pid: str) -> None:
+    """Waits for the end of a killed process: it still needs a moment of the CPU."""
+    state, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + 20
     while state.exists() and state.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "the child lives on"
+        assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.05)
 
 
-def test_gpu_unit_that_needs_more_time_is_not_begun(tmp_path: Path) -> None:
-    helps = gpu.Unit("helps", python("import time; time.sleep(60)"), most=0.5)
-    todo = [helps, gpu.Unit("short", python("")), gpu.Unit("long", python(""), least=500), gpu.Unit("after", python(""))]
-    said: list[str] = []
-    gpu.run_step("test", todo, tmp_path / "steps.jsonl", 100, "sha", said.append)
-    outcomes = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
-    assert [(o["unit"], o["code"]) for o in outcomes] == [("helps", 0), ("short", 0)]
-    assert "long: " in said[-1] and "the next call continues here" in said[-1]
+SLEEPS = """
+import os, subprocess, sys, time
+started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({file!r}, "w").write(f"{{os.getpid()}} {{started.pid}}\\n")
+time.sleep(60)"""
 
 
-def test_gpu_steps_name_real_files_and_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for step in gpu.STEPS:
-        todo = gpu.units(step, tmp_path)
-        assert len({unit.name for unit in todo}) == len(todo), "what is done is known by its name"
-        for unit in todo:
-            words = [word for word in unit.command if word.endswith(".py")]
-            assert all((gpu.ROOT / word).exists() for word in words), unit
-            if "dlaccel.bench" in unit.command:
-                verb, *options = unit.command[unit.command.index("dlaccel.bench") + 1 :]
-                args = cli.parser(verb).parse_args([verb, *(word.replace(gpu.BUDGET, "60") for word in options)])
-                assert {*getattr(args, "provider", [])} <= {*provider.names()}
-    names = [unit.name for unit in gpu.units("test", tmp_path)]
-    assert names[2:4] == ["test_gpu", "test_contract"] and {*names[4:9]} == {
-        "test_batch_norm", "test_cross_entropy", "test_depthwise_conv", "test_linear_relu", "test_separable_conv"
-    }  # fmt: skip
+def test_a_unit_is_ended_with_what_it_started_when_its_share_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker left behind would hold the GPU."""
+    monkeypatch.setattr(gpu, "LEAST", 2.0)
+    code = SLEEPS.format(file=str(tmp_path / "pids"))
+    refreshed: list[bool] = []
+    monkeypatch.setattr(gpu, "REFRESH", 0.5)
+    todo = [gpu.Unit("sleeps", python(code), 3), gpu.Unit("next", python(""), 3)]
+    log, said = tmp_path / "steps.jsonl", []
+    assert gpu.visit(todo, log, tmp_path, 7.0, "sha", said.append, refreshed.append) == 0
+    codes = [(json.loads(line)["unit"], json.loads(line)["code"]) for line in log.read_text().splitlines()]
+    assert codes[:2] == [("sleeps", None), ("next", 0)] and said[-2:] == ["to be continued  sleeps", "done             next"]
+    assert refreshed[0] is False and True in refreshed
+    for pid in (tmp_path / "pids").read_text().split():
+        gone(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_unit_outlives_the_visit(tmp_path: Path, number: signal.Signals) -> None:
+    pids = tmp_path / "pids"
+    code = f"""
+from pathlib import Path
+from dlaccel.bench import gpu
+todo = [gpu.Unit("sleeps", [{sys.executable!r}, "-c", {SLEEPS.format(file=str(pids))!r}], 60)]
+gpu.visit(todo, Path({str(tmp_path)!r}) / "steps.jsonl", Path({str(tmp_path)!r}), 60, "sha")
+"""
+    process = subprocess.Popen(python(code), cwd=gpu.ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not pids.exists() or not pids.read_text().endswith("\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.wait()
+    unit, worker = pids.read_text().split()
+    gone(unit)
+    if number == signal.SIGTERM:  # else it ends when its pipes do, as workers of the harness and of pytest-xdist
+        gone(worker)
+    else:
+        os.kill(int(worker), signal.SIGKILL)
+
+
+def test_results_are_archived_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "build").mkdir()
+    first = tmp_path / "build" / "a.log"
+    first.write_text("text")
+    assert gpu.archive(tmp_path / "r.tar.gz", [first, tmp_path / "build" / "gone"], tmp_path)
+    with tarfile.open(tmp_path / "r.tar.gz") as tar:
+        assert tar.getnames() == ["build/a.log"]
+    monkeypatch.setattr(gpu, "LARGEST", 10)
+    assert not gpu.archive(tmp_path / "r.tar.gz", [first, first], tmp_path)
+    with tarfile.open(tmp_path / "r.tar.gz") as tar:
+        assert tar.getnames() == ["build/a.log"] and not list(tmp_path.glob("*.part"))
+
+
+def test_the_state_of_a_visit_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By OUT to the next machine, whose call is given the archives."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "device_name", lambda: "h1")
+    monkeypatch.setattr(results, "provenance", lambda *_, **__: {"git_sha": "sha"})
+    code = (
+        "import os, pathlib; p = pathlib.Path(os.environ['TRITON_CACHE_DIR']); p.mkdir(); (p / 'a.cubin').touch(); print('ran')"
+    )
+    monkeypatch.setattr(gpu, "units", lambda out, sha: [gpu.Unit("a", python(code), 60)])
+    for machine in ("one", "two"):
+        root, out = tmp_path / machine, tmp_path / f"out of {machine}"
+        root.mkdir()
+        out.mkdir()
+        monkeypatch.setattr(gpu, "ROOT", root)
+        monkeypatch.setattr(gpu, "STATE", root / "build" / "gpu")
+        monkeypatch.setenv("OUT", str(out))
+        given = [word for file in (tmp_path / "out of one").glob("*.tar.gz") for word in ("--given", str(file))]
+        assert gpu.main(given if machine == "two" else []) == 0
+    assert (tmp_path / "two" / "build" / "gpu" / "a.log").read_text() == "ran\n", "it was not run again"
+    assert (tmp_path / "two" / "build" / "gpu" / "triton" / "a.cubin").exists()
+    assert len((tmp_path / "two" / "bench" / "results" / "h1" / "steps.jsonl").read_text().splitlines()) == 1
+    assert "done             a" in (out / "log.txt").read_text()
+
+
+def test_the_units_of_a_gpu_visit_name_real_files_and_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    todo = gpu.units(tmp_path, "sha")
+    names = [unit.name for unit in todo]
+    assert len({*names}) == len(todo), "what is done is known by its name"
+    assert [n for n in names if n.split()[0] != "compile"][:5] == [
+        "smoke",
+        "kernels",
+        "goal rows",
+        "tests",
+        f"tune {next(iter(families()))}",
+    ]
+    assert sum(unit.share for unit in todo[:4]) < 540 - gpu.LEAST, "one call comes to the tests"
+    for unit in todo:
+        words = [word for word in unit.command if word.endswith(".py")]
+        assert all((gpu.ROOT / word).exists() for word in words), unit
+        if "dlaccel.bench" in unit.command:
+            verb, *options = unit.command[unit.command.index("dlaccel.bench") + 1 :]
+            args = cli.parser(verb).parse_args([verb, *options])
+            assert {*getattr(args, "provider", [])} <= {*provider.names()}
+    files = gpu.gpu_tests()
+    assert {*files[:2]} == {"tests/test_contract.py", "tests/test_gpu.py"} and "tests/test_batch_norm.py" in files
+    assert not {"tests/test_bench.py", "tests/test_claims.py", "tests/test_layout.py", "tests/test_packaging.py"} & {*files}
     if not torch.cuda.is_available():
-        assert gpu.main(["bench"]) == 2
+        assert gpu.main([]) == 2
         assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_passed_tests_are_left_out_when_run_again(tmp_path: Path) -> None:
+def test_the_first_tests_on_a_gpu_start_every_kernel() -> None:
+    """But both passes in one launch, which no call starts, and the divisor, which a gradient computed by the forward takes."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dlaccel.bench.compile import find_case, launches
+    from tests.test_gpu import SMOKE
+
+    assert SMOKE.keys() == families().keys()
+    found = {
+        (launch.name, dtype)
+        for op, names in SMOKE.items()
+        for name in names
+        for dtype in (torch.bfloat16, torch.float32)
+        for launch in launches(op, find_case(op, name), dtype, "sm_90")
+    }
+    text = "".join(path.read_text() for path in sorted((gpu.ROOT / "kernels").glob("*.py")))
+    kernels = {*re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)} - {
+        "forward_kernel",
+        "backward_kernel",
+        "divisor_kernel",
+    }
+    assert {name for name, _ in found} == kernels and len(kernels) > 15
+    for name in kernels - {"linear_relu_tma_kernel", "separable_forward_kernel"}:  # float32 with TF32 alone, or not at all
+        assert {(name, torch.bfloat16), (name, torch.float32)} <= found | {("linear_relu_kernel", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_passed_tests_are_left_out_when_run_again(tmp_path: Path, processes: int) -> None:
+    if processes:
+        pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "test_some.py").write_text("""
 import pathlib, pytest
 def test_good(): pass
-def test_bad(): assert pathlib.Path("mended").exists()
+def test_bad(): assert pathlib.Path("mended").exists(), "not mended"
 def test_skipped(): pytest.skip("no")
 """)
     env = os.environ | {"PYTHONPATH": str(gpu.ROOT)}
+    passed = tmp_path / "done" / "passed.txt"
 
     def run_again() -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.passed", "--passed", "done/passed.txt", "test_some.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.passed", "--passed", str(passed), "test_some.py"]
+        command += ["-n", str(processes)] if processes else []
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout.splitlines()[-1]
+        return done.returncode, done.stdout
 
     assert run_again()[0] == 1
-    code, last = run_again()
-    assert code == 1 and "1 failed, 2 deselected" in last
+    assert sorted(passed.read_text().split()) == ["test_some.py::test_good", "test_some.py::test_skipped"]
+    failures = passed.with_suffix(".failed").read_text()
+    assert failures.startswith("FAILED test_some.py::test_bad\n") and "not mended" in failures
+    code, out = run_again()
+    assert code == 1 and "1 failed" in out and "1 passed" not in out
     (tmp_path / "mended").touch()
-    code, last = run_again()
-    assert code == 0 and "1 passed, 2 deselected" in last
-    code, last = run_again()
-    assert code == 0 and "3 deselected" in last
+    code, out = run_again()
+    assert code == 0 and "1 passed" in out
+    assert run_again()[0] == 0
+
+
+def test_a_process_with_a_broken_gpu_ends(tmp_path: Path) -> None:
+    """Or every test behind the one that broke it would fail."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (tmp_path / "test_some.py").write_text("""
+import pytest
+from dlaccel.bench import timing
+broken = False
+timing.gpu_is_lost = lambda: broken
+def test_breaks():
+    global broken
+    broken = True
+    assert False, "illegal access"
+@pytest.mark.parametrize("i", range(3))
+def test_after(i): assert not broken
+""")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.passed", "--passed", "passed.txt", "-n", "1", "test_some.py"]
+    env = os.environ | {"PYTHONPATH": str(gpu.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len((tmp_path / "passed.txt").read_text().split()) == 3
+    assert "illegal access" in (tmp_path / "passed.failed").read_text()
+
+
+def test_without_a_repository_the_code_stands_for_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what was done with other code would count as done."""
+    monkeypatch.setattr(results, "_output", lambda *command: "")
+    shas = {results.provenance("cpu", threads=1, clock="", precision="", seed=0)["git_sha"]}
+    file = tmp_path / "kernels" / "a.py"
+    file.parent.mkdir()
+    for text in ("a", "b"):
+        file.write_text(text)
+        (tmp_path / "kernels" / f"{text}.json").touch()  # tuned or measured meanwhile
+        shas |= {results.source_hash(tmp_path)}
+    assert len(shas) == 3 and all(re.fullmatch("[0-9a-f]{40}", sha) for sha in shas)
+    assert results.source_hash(tmp_path) in shas
+
+
+class FakeCuda:
+    """Streams without a device. As torch's, a capture that fails leaves its stream current."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.current, self.fails, self.seen = "first", fails, []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph", "synchronize", "Event"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.seen.append("replay"))
+
+    def Event(self, enable_timing: bool) -> Any:
+        return SimpleNamespace(record=lambda: None, elapsed_time=lambda stop: 5.0)
+
+    def synchronize(self) -> None:
+        self.seen.append("synchronize")
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: Any = None) -> Iterator[None]:
+        before, self.current = self.current, stream
+        self.seen.append("capture")
+        try:
+            yield
+        finally:
+            if self.fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.current = before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_is_captured_on_the_stream_of_what_it_needs(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(fails)
+    cuda.install(monkeypatch)
+    step: Any = SimpleNamespace(
+        mode="bwd", context=contextlib.nullcontext, load=lambda values: None,
+        prepare=lambda: cuda.seen.append(("prepare", cuda.current)), run=lambda: cuda.seen.append(("run", cuda.current)),
+    )  # fmt: skip
+    assert timing.graph_ms(step, None) == (None if fails else 5.0 / 100)  # type: ignore[arg-type]
+    at = cuda.seen.index("capture")
+    prepared, side = cuda.seen[at - 1]
+    assert prepared == "prepare" and side != "first" and cuda.seen[at + 1] == ("run", side)
+    assert cuda.current == "first", "also when the capture fails"
+
+    from tests.gpu_tools import captured
+
+    with contextlib.suppress(RuntimeError):
+        captured(lambda: None)
+    assert cuda.current == "first"
+
+
+def test_graphs_come_last_and_only_to_the_first_that_fails(
+    bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs in a process after a failed capture may fail as well."""
+    order: list[str] = []
+    group, answers = worker._group, iter([0.25, None, 0.75])
+
+    def on_a_gpu(job: Any, base: Row, *rest: Any) -> Iterator[Row]:
+        for row in group(job, replace(base, device="cuda"), *rest):
+            order.append(row.provider)
+            yield row
+
+    def graph_ms(step: Any, values: Any) -> float | None:
+        order.append("graph")
+        return next(answers)
+
+    monkeypatch.setattr(worker, "_group", on_a_gpu)
+    monkeypatch.setattr(timing, "graph_ms", graph_ms)
+    monkeypatch.setattr(timing, "GRAPH_BELOW_MS", 1e9)
+    rows = bench({name: module(name, eager) for name in ("a", "b")}, make_case(modes=("fwd",)))
+    assert order == ["eager", "a", "b", "graph", "graph"]
+    assert {row.key: row for row in rows}[rows[0].key].graph_ms == 0.25
+    assert [row.graph_ms for row in rows[1:]] == [None, None]
 
 
 COMPILED_BEFOREHAND = """
@@ -1066,6 +1377,36 @@ if __name__ == "__main__":
             function(*args)
     print(before, cubins())
 """
+
+
+LAUNCHER_BEFOREHAND = """
+import os, torch
+from pathlib import Path
+from dlaccel.bench.compile import compile_launches, launches
+
+if __name__ == "__main__":
+    found = launches("linear_relu", "ragged blocks", torch.float32, "sm_90", backward=False)
+    assert [report.status for report in compile_launches([(one, "sm_90") for one in found], 1, keep=True)] == ["ok"]
+    print(len([*Path(os.environ["TRITON_CACHE_DIR"]).glob("*/__triton_launcher*.so")]))
+"""
+
+
+def test_the_launchers_of_triton_3_6_are_built_beforehand(tmp_path: Path) -> None:
+    """They link the driver; here one of empty functions."""
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith("3.6.") or not shutil.which("gcc"):
+        pytest.skip("Triton 3.6 alone compiles a launcher for each kernel, with gcc")
+    names = ("cuLaunchKernelEx", "cuGetErrorString", "cuPointerGetAttribute", "cuTensorMapEncodeTiled")
+    (tmp_path / "cuda.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in names))
+    driver = ["gcc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(tmp_path / "cuda.c")]
+    subprocess.run(driver, check=True)
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHER_BEFOREHAND)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join([str(gpu.ROOT), *sys.path])}
+    env |= {"TRITON_LIBCUDA_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1"], done.stdout + done.stderr
 
 
 def test_what_is_compiled_beforehand_is_what_a_launch_needs(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_planted_fault(name, function, message):
 
 def test_a_stride_fault_is_found():
     def takes_strides_for_granted(x, weight, bias=None):
-        flat = torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage(), x.storage_offset(), x.shape)
+        flat = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.detach().untyped_storage(), x.storage_offset(), x.shape)
         return F.linear(x + (flat - x).detach(), weight, bias)
 
     with pytest.raises(AssertionError, match="result"):

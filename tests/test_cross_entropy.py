@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from dlaccel.ops import cross_entropy as op
 from dlaccel.ops._register import LAUNCHES
 from tests import conformance
 from tests.conformance import DTYPES
-from tests.kit import COTANGENTS, DEVICE, INTERPRET, LAYOUTS, check, poisoned, sparse, unchanged, with_gradients
+from tests.kit import COTANGENTS, DEVICE, INTERPRET, LAYOUTS, check, constants, poisoned, sparse, unchanged, with_gradients
 from tests.strategies import given, sizes, st
 from tests.strategies import tensors as drawn_tensors
 
@@ -124,13 +125,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=["whole rows", "rows in steps"])
-def rows_of_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def rows_of_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both forms of the kernels at sizes that the interpreter can afford."""
-    if request.param == "rows in steps":
-        kernels = pytest.importorskip("dlaccel.kernels.cross_entropy")
-        monkeypatch.setattr(kernels, "WHOLE", 4)
-        monkeypatch.setattr(op, "LONG_ROW", 4)
-    return str(request.param)
+    if request.param == "whole rows":
+        yield request.param
+        return
+    monkeypatch.setattr(op, "LONG_ROW", 4)
+    with constants(pytest.importorskip("dlaccel.kernels.cross_entropy"), WHOLE=4):
+        yield request.param
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (3, 41), (9, 70), (2, 41, 3), (2, 5, 3, 4)], ids=str)
@@ -187,12 +189,10 @@ def test_sizes_around_the_blocks(backend: str, rows_of_kernels: str, R: int, C: 
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_more_rows_than_one_program_sums(backend: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("dlaccel.kernels.cross_entropy")
-    monkeypatch.setattr(kernels, "SUM_BLOCK", 2)
-    monkeypatch.setattr(kernels, "DIVISOR_BLOCK", 16)
+def test_more_rows_than_one_program_sums(backend: str, reduction: str) -> None:
     x = logits(70, 3)
-    fused_agrees(x, classes(x, -100), weights(3), reduction=reduction)
+    with constants(pytest.importorskip("dlaccel.kernels.cross_entropy"), SUM_BLOCK=2, DIVISOR_BLOCK=16):
+        fused_agrees(x, classes(x, -100), weights(3), reduction=reduction)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="maps address space of the CPU; the kernels run in the interpreter")
@@ -403,12 +403,10 @@ def test_fused(backend: str, shape: tuple[int, ...], options: str, dtype: torch.
     fused_agrees(x, target, weights(shape[1], dtype), **chosen)
 
 
-def test_fused_rows_too_long_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_rows_too_long_for_one_program() -> None:
     kernels = pytest.importorskip("dlaccel.kernels.cross_entropy")
-    for name in ("WHOLE", "WHOLE_WITH_GRADIENT"):
-        monkeypatch.setattr(kernels, name, 4)
     x = logits(3, 70)
-    with dlaccel.use_backend("triton"):
+    with constants(kernels, WHOLE=4, WHOLE_WITH_GRADIENT=4), dlaccel.use_backend("triton"):
         for options in ({}, {"reduction": "none"}, {"reduction": "sum"}):
             fused_agrees(x, classes(x), weights(70), **options)
 

@@ -505,7 +505,7 @@ def test_explain_names_the_formulation() -> None:
     found = dlaccel.explain("depthwise_conv2d_wgrad", x, x, (64, 1, 3, 3), *options)
     assert "convolution_backward" in found.kernel
     with dlaccel.use_backend("triton"):
-        explained = dlaccel.explain(F.depthwise_conv2d, x, weight, padding="same")
+        explained = dlaccel.explain(F.depthwise_conv2d, x.to(DEVICE), weight.to(DEVICE), padding="same")
         assert explained.kernel == "depthwise_planes_kernel, contiguous"
 
 

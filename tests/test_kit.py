@@ -11,10 +11,26 @@ import torch.nn.functional as F
 
 from dlaccel.bench.accuracy import close_enough, relative_error
 from tests import kit
-from tests.kit import COTANGENTS, DEVICE, LAYOUTS, check, poisoned, unchanged
+from tests.kit import COTANGENTS, DEVICE, LAYOUTS, check, constants, poisoned, unchanged
 from tests.strategies import DTYPES, given, sizes, st, tensors
 
 NAN, INF = float("nan"), float("inf")
+
+
+def test_constants_of_a_launcher_hold_for_a_while_only():
+    """Also for a call that was planned before."""
+    kernels, launch = (pytest.importorskip(f"dlaccel.kernels.{name}") for name in ("cross_entropy", "launch"))
+    x, target = torch.randn(9, 7, device="meta"), torch.zeros(9, dtype=torch.long, device="meta")
+
+    def whole():
+        with launch.recording() as recorded:
+            kernels.cross_entropy(x, target, None, -100, 0, 0.0, False, 0)
+        return recorded[0].options["WHOLE"]
+
+    assert whole()
+    with constants(kernels, WHOLE=4):
+        assert not whole()
+    assert whole()
 
 
 # ---- the acceptance rule --------------------------------------------------------------------------------------------

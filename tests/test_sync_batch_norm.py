@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dlaccel import nn
+from tests.kit import DEVICE
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 LAYER: dict[str, dict[str, Any]] = {
@@ -132,7 +133,7 @@ def test_conversion_keeps_the_objects() -> None:
 def test_statistics_of_both_backends(backend: str) -> None:
     floor = importlib.import_module(f"dlaccel.{'kernels' if backend == 'triton' else 'fallback'}.batch_norm")
     for shape in ((5, 3, 4, 5), (40, 20), (0, 3, 2, 2)):
-        x = torch.randn(shape) + 2
+        x = torch.randn(shape, device=DEVICE) + 2
         mean, deviations = floor.statistics(x)
         assert mean.dtype == deviations.dtype == torch.float64
         over = [d for d in range(x.dim()) if d != 1]
@@ -149,9 +150,9 @@ def test_statistics_of_both_backends(backend: str) -> None:
 def test_gradient_with_given_sums_of_both_backends(backend: str, layout: str, activation: str | None) -> None:
     floor = importlib.import_module(f"dlaccel.{'kernels' if backend == 'triton' else 'fallback'}.batch_norm")
     format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x, dy = (torch.randn(5, 3, 4, 7).contiguous(memory_format=format) for _ in range(2))
-    weight, bias, mean, of_mean, of_x_hat = torch.randn(5, 3)
-    var, eps = torch.rand(3) + 0.5, 1e-5
+    x, dy = (torch.randn(5, 3, 4, 7, device=DEVICE).contiguous(memory_format=format) for _ in range(2))
+    weight, bias, mean, of_mean, of_x_hat = torch.randn(5, 3, device=DEVICE)
+    var, eps = torch.rand(3, device=DEVICE) + 0.5, 1e-5
 
     def of_channel(v: Tensor) -> Tensor:
         return v.view(1, 3, 1, 1)

@@ -20,6 +20,7 @@ import dlaccel
 from dlaccel.bench.tune import tune
 from dlaccel.kernels import config, launch, measured
 from dlaccel.kernels import linear_relu as kernels
+from tests.kit import DEVICE
 
 H100 = config.TARGETS["sm_90"]
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ def test_candidates_that_fail_are_left_out() -> None:
     assert len(forward.failed) > 3 and all("out of resources" in reason for reason in forward.failed)
 
 
-LOGITS = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0))  # more classes than a tile holds
+LOGITS = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(DEVICE)  # more classes than a tile holds
 CALLS: list[tuple[str, Any, set[str]]] = [  # op, case or arguments, the choices consulted
     ("linear_relu", "ragged blocks", {"linear_relu.forward", "linear_relu.prepass"}),
     ("batch_norm", "2-d, relu", {"batch_norm.forward", "batch_norm.backward"}),
@@ -125,7 +126,7 @@ CALLS: list[tuple[str, Any, set[str]]] = [  # op, case or arguments, the choices
     ("cross_entropy", "images, none", {"cross_entropy.tile"}),
     (
         "cross_entropy",
-        (LOGITS, torch.tensor([0, 1499, 7])),
+        (LOGITS, torch.tensor([0, 1499, 7], device=DEVICE)),
         {"cross_entropy.tile", "cross_entropy.slices", "cross_entropy.backward"},
     ),
     ("cross_entropy", (LOGITS, LOGITS.softmax(1)), {"cross_entropy.prob", "cross_entropy.backward"}),
@@ -162,10 +163,26 @@ def test_a_candidate_with_other_values_is_left_out(monkeypatch: pytest.MonkeyPat
                 args[3].add_(1)
 
     monkeypatch.setattr(kernels, "Prepared", Broken)
-    x, w = torch.randn(5, 7), torch.randn(4, 7)
+    x, w = torch.randn(5, 7, device=DEVICE), torch.randn(4, 7, device=DEVICE)
     with config.assume(config.INTERPRETER):
         tuned = tune("linear_relu", [(x, w)], timer=lambda call: call() and 1.0)[0]
     assert tuned.tried == 3 and len(tuned.failed) == 1 and "other values" in tuned.failed[0]
+
+
+def test_both_passes_in_one_launch_are_tried_apart() -> None:
+    """Their programs wait for each other: if they ever wait for nothing, everything else has been measured."""
+    x, vector = torch.empty(256, 64, 14, 14, dtype=torch.bfloat16, device="meta"), torch.empty(64, device="meta")
+    asked: list[bool] = []
+
+    def cost(options: dict[str, Any]) -> float:
+        asked.append("LAG" in options)
+        return 5.0 if asked[-1] else 10.0
+
+    with launch.recording():
+        apart = tune("batch_norm", [(x, None, None, vector, vector, True)], timer=timer_of(cost))
+        assert {one.choice for one in apart} == {"batch_norm.forward", "batch_norm.backward"} and not any(asked)
+        together = tune("batch_norm", [(x, None, None, vector, vector, True)], timer=timer_of(cost), one_launch=True)
+    assert any(asked) and all("TICKET" in one.config and one.tried < apart[0].tried for one in together) and together
 
 
 def test_tuning_needs_a_gpu_or_a_timer() -> None:
