@@ -58,6 +58,7 @@ SAMPLES = [
     case((7,), 4, name="1-d"),
     case((0, 7), 4, name="empty batch"),
     case((5, 0), 4, name="empty sum"),
+    case((5, 7), 0, name="no outputs"),
     case((33, 40), 65, name="ragged blocks"),
 ]
 

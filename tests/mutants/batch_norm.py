@@ -102,7 +102,7 @@ MUTANTS = [
         "values = values + EPS",
         OPTIONS,
     ),
-    Mutant("dx without the mean's part", KERNELS, "g = g - of_mean[None, :] - (x_tile", "g = g - (x_tile", SHAPES),
+    Mutant("dx without the mean's part", KERNELS, "g = g - of_mean - (x_tile", "g = g - (x_tile", SHAPES),
     Mutant(
         "one launch: a slice counts before its sums are stored",
         KERNELS,
