@@ -249,6 +249,14 @@ def test_ratio_is_the_median_of_what_processes_find_in_pairs() -> None:
     assert timing.percentile([1, 2, 3, 4, 5], 20) == pytest.approx(1.8)
 
 
+def test_bandwidth_between_two_measured_sizes() -> None:
+    roof = Ceilings({}, {1 << 15: 60.0, 1 << 22: 92.0, 1 << 24: 54.0, 1 << 27: 25.0})
+    assert roof.bandwidth(1) == roof.bandwidth(1 << 15) == 92.0, "small copies are slow because calls take time"
+    assert roof.bandwidth(1 << 24) == 54.0 and roof.bandwidth(1 << 27) == roof.bandwidth(1 << 30) == 25.0
+    assert roof.bandwidth(67_000_000) == pytest.approx(54 * (25 / 54) ** (2 / 3), rel=0.01)
+    assert Ceilings().bandwidth(1) is None
+
+
 def test_work_in_another_thread_is_timed() -> None:
     def burn() -> None:
         end = time.thread_time() + 0.05
@@ -654,6 +662,31 @@ def test_a_budget_is_shared_by_all_ops(monkeypatch: pytest.MonkeyPatch) -> None:
         names = [case.name for case in order if case.op == op]
         assert names == sorted(names) and names[0] == "0", "the most valuable first"
     assert sum(1 for _ in run.turns(plan)) == 27
+
+
+def test_bytes_are_the_least_traffic() -> None:
+    """Each input once, each output once; parameters of a channel do not count."""
+    known = families()
+
+    def count(op: str, name: str, mode: str, *tensors: tuple[int, ...]) -> None:
+        case = next(case for case in known[op].CASES if case.name == name)
+        assert case.bytes is not None
+        assert case.bytes(mode, 4) == 4 * sum(map(math.prod, tensors)), (op, mode)
+
+    x, w, y = (128, 784), (512, 784), (128, 512)
+    count("linear_relu", "128x784x512", "fwd", x, w, y)
+    count("linear_relu", "128x784x512", "bwd", x, w, y, y, x, w)
+    count("linear_relu", "128x784x512", "train", x, w, y, x, w, y, y, x, w)
+    x, y = (8, 64, 112, 112), (8, 64, 56, 56)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "fwd", x, y)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "dgrad", y, x)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "wgrad", x, y)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "train", x, y, x, y, x)
+    x, y = (8, 240, 28, 28), (8, 40, 28, 28)
+    count("separable_conv2d", "8x240x28->40 K5", "bwd", x, y, x)
+    x, y = (8, 64, 56, 56), (8, 64, 56, 56)
+    count("batch_norm", "8x64x56x56 relu", "fwd", x, x, y)
+    count("batch_norm", "8x64x56x56 relu", "bwd", x, y, x, y, x)
 
 
 def test_presets_measure_what_matters_first() -> None:
