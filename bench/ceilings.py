@@ -39,7 +39,7 @@ class Ceilings:
         if i in (0, len(sizes)) or not best[i]:
             return best[min(i, len(sizes) - 1)]
         part = math.log(working_set / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
-        return best[i - 1] ** (1 - part) * best[i] ** part
+        return best[i - 1] * math.exp(part * math.log(best[i] / best[i - 1]))
 
     def floor_ms(self, dtype: str, bytes: int | None, flops: int | None, working_set: int) -> float | None:
         """The least time in which this machine can do it, or None where nothing is declared."""

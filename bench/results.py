@@ -164,15 +164,16 @@ class Row:
         return (*self.key, *self.environment.values(), *versions, str(self.seed))
 
 
-def check_types(row: Any) -> None:
+def check_types(row: object) -> None:
     """Raises ValueError for a field of a dataclass that does not hold what it is declared to hold."""
-    for name, declared in _declared(type(row)).items():
+    kind: Any = type(row)
+    for name, declared in _declared(kind).items():
         if not _holds(getattr(row, name), declared):
             raise ValueError(f"{name}: {str(getattr(row, name))[:40]!r} is not {getattr(declared, '__name__', declared)}")
 
 
 @functools.cache
-def _declared(kind: type) -> dict[str, Any]:
+def _declared(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 

@@ -117,15 +117,17 @@ class Selection:
         """By op, about how long it takes where two cores are free (compilation of what compiles not included)."""
         effort = PRESETS[self.preset].effort
         return {
-            op: timing.REPEATS
-            * sum(_START_S + sum(_seconds(case, *group, effort) for group in _groups(self.wanted(case))) for case, _ in cases)
+            op: sum(
+                timing.REPEATS * _START_S + sum(_seconds(case, *group, effort) for group in _groups(self.wanted(case)))
+                for case, _ in cases
+            )
             for op, cases in self.plan(families).items()
         }
 
 
 # Rough rates of two CPU cores, for estimates only. A process takes _START_S to start, a row _ROW_S besides its calls.
 _START_S, _ROW_S, _GFLOPS, _GBPS = 2.5, 0.1, 80.0, 6.0
-_REFERENCE_CALLS = 16  # what the float64 reference and eager's own answer cost before anything is timed, in calls of eager
+_REFERENCE_CALLS = 100  # what checking a row costs, in calls of eager: most of it the reference and comparing with it
 
 
 def _groups(wanted: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, int]]:
@@ -137,12 +139,11 @@ def _groups(wanted: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, int]
 
 
 def _seconds(case: Case, dtype: str, mode: str, providers: int, effort: timing.Effort) -> float:
-    """Of one process."""
     work = [(case.flops("train" if "train" in case.modes else mode, 4) if case.flops else 0) / _GFLOPS / 1e9]
     work.append((case.bytes("train" if "train" in case.modes else mode, 4) if case.bytes else 0) / _GBPS / 1e9)
     call = max(work)
     in_rounds = max(effort.seconds, effort.rounds * (providers + 1) * call)
-    return in_rounds + (_REFERENCE_CALLS + 4 * providers) * call + _ROW_S * providers
+    return timing.REPEATS * in_rounds + (_REFERENCE_CALLS + 4 * providers) * call + _ROW_S * providers
 
 
 def turns(plan: Mapping[str, Sequence[tuple[Case, str]]]) -> Iterator[tuple[Case, str]]:
@@ -336,7 +337,7 @@ def _measured(
     parts: dict[results.Key, list[Row]] = {}
     for nth in range(timing.REPEATS):
         if nth:
-            job = replace(job, wanted=[empty[key][1] for key in parts], deadline=None)
+            job = replace(job, wanted=[empty[key][1] for key in parts], deadline=None, checked=True)
         if not job.wanted:
             return
         asked = [key for key, (_, wanted) in empty.items() if wanted in job.wanted]
