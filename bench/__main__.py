@@ -340,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {argv[0]} is not available here: {error}", file=sys.stderr)
         return USAGE
     do: Callable[[argparse.Namespace], int] = args.do
+    before = signal.getsignal(signal.SIGTERM)
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: no worker is left behind
     try:
@@ -362,6 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # Python's own exit code for it is 1, which is REGRESSION
         traceback.print_exc()
         return UNEXPECTED
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -965,7 +965,7 @@ def rows_to_show() -> list[Row]:
     good = replace(
         timed_row([5.0, 5.1, 4.9]), case="fast", tags=["goal"], bytes=10**6, flops=10**7, gbps=20.0, tflops=0.002, p20_ms=4.9,
         p80_ms=5.1, ratio_p20=1.9, ratio_p80=2.1, ceiling_gbps=30.0, ceiling_tflops=0.1, time_utc="2026-01-02T03:04:05+00:00",
-        git_sha="0123456789abcdef", torch="2.x",
+        git_sha="0123456789abcdef", torch="2.x", allocator="tuned",
     )  # fmt: skip
     lost = replace(good, case="slow <b>", ratio=0.5, mode="train", repeat_ratios=[0.5] * 3, ratio_p20=0.5, ratio_p80=0.5)
     return [good, lost, replace(BLANK, provider="dlaccel", case="bad", reason="output: error 3", cpu="A")]
@@ -991,6 +991,7 @@ def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.Ca
         "second derivative 3: error", "--provider attorch", "no GPU here", "Made on: ", "12.5", "projected",
     ):  # fmt: skip
         assert shown in page, shown
+    assert page.index("<dt>allocator</dt>") < page.index("Goal rows, geometric mean") < page.index("<details>")
     if figures.problem() is None:
         pictures = sorted(p.name for p in (tmp_path / "figures").iterdir())
         assert pictures == ["m0-roofline-float32.png", "m0-speedup-toy-float32.png", "m0-throughput-toy-train.png"]
@@ -1001,6 +1002,23 @@ def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.Ca
             pair for name in ids for pair in ((name, ""), ("", name))
         }  # fmt: skip
     assert "left out: " in capsys.readouterr().err
+
+
+def test_the_roofline_says_at_which_size_a_bandwidth_was_measured() -> None:
+    pytest.importorskip("matplotlib")
+    good = replace(rows_to_show()[0], working_set=67_000_000)
+    figure = figures.roofline([good, replace(good, case="small", working_set=30_000, ceiling_gbps=90.0)], "toy")
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    figures.close(figure)
+    assert labels[1:] == ["30 GB/s at 67 MB, 100 GFLOP/s", "90 GB/s at 0.03 MB, 100 GFLOP/s"]
+
+
+def test_a_cpu_is_told_from_another_of_its_makers() -> None:
+    """A virtual machine's model name may be no more than "AMD EPYC"."""
+    name = results.cpu_name()
+    assert torch.backends.cpu.get_cpu_capability() in name and name.endswith(f", {results.cpus()} CPUs")
+    if "cpu family" in Path("/proc/cpuinfo").read_text():
+        assert re.search(r"\(family \d+, model \d+, stepping \d+, ", name)
 
 
 def test_report_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1323,6 +1341,14 @@ def test_an_exact_name_of_a_case_wins_over_parts_of_names() -> None:
 
     assert chosen("8x128x56 K3") == ["depthwise_conv2d/8x128x56 K3"]
     assert len(chosen("8x128x56")) > 2
+
+
+def test_termination_ends_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what `run` has started ends with it."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "do_report", lambda args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(10)))
+    assert cli.main(["report"]) == cli.INTERRUPTED
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_unexpected_error_is_no_regression(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
