@@ -14,6 +14,9 @@ from dlaccel.bench import results
 from dlaccel.bench.results import Row
 
 THRESHOLD = 0.05  # smaller changes are no change
+# The range of three normal values is 1.7 standard deviations, and the difference of two medians of three has one of 0.95: two
+# ranges are 3.6 of those. That ranges do not overlap is not enough: without any change it happens in one row of ten.
+SPREADS = 2.0
 
 SAME, FASTER, SLOWER, AMBIGUOUS, LOST, MISSING = "SAME", "FASTER", "SLOWER", "AMBIGUOUS", "LOST", "MISSING"
 
@@ -46,17 +49,19 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
 
 
 def _change(before: Row, after: Row | None) -> Change:
-    """FASTER and SLOWER: the processes of both runs agree, and the change is more than eager against itself scatters."""
+    """FASTER and SLOWER: the change is more than SPREADS times what processes of either run differ by, and more than eager
+    scatters against itself."""
     if after is None or not after.timed:
         return Change(before, after, MISSING if after is None else LOST)
     assert before.ratio and after.ratio
     factor = after.ratio / before.ratio
     if abs(factor - 1) < THRESHOLD:
         return Change(before, after, SAME, factor)
-    (low, high), (new_low, new_high) = before.interval, after.interval
+    spread = max((high - low) / row.ratio for row in (before, after) for low, high in (row.interval,) if row.ratio)
     quiet_low = min(before.control_p20 or 1, after.control_p20 or 1)
     quiet_high = max(before.control_p80 or 1, after.control_p80 or 1)
-    faster, slower = new_low > high and factor > quiet_high, new_high < low and factor < quiet_low
+    faster = factor - 1 > SPREADS * spread and factor > quiet_high
+    slower = 1 / factor - 1 > SPREADS * spread and factor < quiet_low
     return Change(before, after, FASTER if faster else SLOWER if slower else AMBIGUOUS, factor)
 
 
