@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +17,17 @@ from typing import TypeVar
 
 import torch
 
-from dlaccel.bench import compare, provider, report, results, run, summary, timing, verify
+from dlaccel.bench import compare, provider, report, results, run, summary, timing, verify, worker
 from dlaccel.bench.case import families
 from dlaccel.bench.gate import MODES
-from dlaccel.bench.options import DTYPES, UsageError, add_lists, choose
+from dlaccel.bench.options import DTYPES, UsageError, add_lists, between, choose, named, positive
 
-OK, REGRESSION, USAGE, INCORRECT, NOTHING = range(5)
+OK, REGRESSION, USAGE, INCORRECT, NOTHING, UNEXPECTED = range(6)
 INTERRUPTED = 130
-EXIT = "exit codes: 0 ok, 1 a row is slower (compare), 2 usage, 3 dlaccel gave a wrong result, 4 nothing was measured"
+EXIT = (
+    "exit codes: 0 ok, 1 a row is slower (compare), 2 usage, 3 dlaccel gave a wrong result, 4 nothing was measured, "
+    "5 an error of the benchmark itself"
+)
 
 ELSEWHERE = {  # verbs whose module has add_arguments(parser) and main(args) -> exit code
     "inspect": ("dlaccel.bench.inspect", "compile the kernels for any GPU and read the machine code; needs no GPU"),
@@ -45,12 +51,15 @@ examples:
 
 def check_providers(names: Iterable[str]) -> None:
     for name in names:
-        if not (name.endswith(".py") and Path(name).is_file()):
+        own = name.endswith(".py") and Path(name).is_file()
+        if not own:
             choose("provider", [name], provider.names())
         try:
-            provider.load(name)
+            called = provider.load(name).name
         except Exception as error:  # the file of a user
             raise UsageError(f"provider {name}: {type(error).__name__}: {error}") from None
+        if own and called in (*provider.names(), worker.CONTROL):
+            raise UsageError(f"provider {name}: NAME {called!r} is taken")
 
 
 def check_device(name: str) -> None:
@@ -58,35 +67,17 @@ def check_device(name: str) -> None:
         raise UsageError("--device cuda: torch sees no CUDA device")
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
-
-
 def selection(args: argparse.Namespace) -> tuple[run.Selection, dict[str, ModuleType]]:
     """What the options select. Raises UsageError naming what is valid."""
     known = families()
     ops = choose("op", args.op, known)
     cases = [case for op in ops or known for case in known[op].CASES]
-    names = {str(case) for case in cases} | {case.name for case in cases}
-    for name in args.case:
-        if not any(name in known_name for known_name in names):
-            choose("case", [name], sorted(str(case) for case in cases))
     check_providers(args.provider)
     check_device(args.device)
     return run.Selection(
         preset=args.preset,
         ops=ops,
-        cases=[name.split("/")[-1] for name in args.case],
+        cases=[str(case) for case in named(args.case, cases)],
         providers=args.provider,
         device=args.device,
         dtypes=[DTYPES[name] for name in choose("dtype", args.dtype, DTYPES)],
@@ -222,8 +213,9 @@ def do_compare(args: argparse.Namespace) -> int:
     changes = compare.compare(before, after)
     print(summary.table(compare.HEADERS, [compare.cells(change) for change in changes]), end="\n\n")
     counts = Counter(change.verdict for change in changes)
-    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts)) or "no row was timed in both")
-    if not changes:
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts)))
+    if counts[compare.MISSING] == len(changes):
+        print("no row was timed in the first run and tried in the second")
         return NOTHING
     return REGRESSION if counts[compare.SLOWER] or counts[compare.LOST] else OK
 
@@ -298,9 +290,15 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="keep the rows in DIR and measure what is missing")
     sub.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     sub.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products, for every provider")
-    sub.add_argument("--threads", type=count, help="default: all cores on a quiet machine, else 1")
-    sub.add_argument("--clock", choices=tuple(timing.CLOCKS), help="default: wall on a quiet machine, else thread (CPU only)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--threads", type=between(1, results.cpus()), help="default: as in DIR, else all cores on a quiet machine, else 1"
+    )
+    sub.add_argument(
+        "--clock",
+        choices=tuple(timing.CLOCKS),
+        help="default: as in DIR, else wall on a quiet machine, else thread: CPU time, with one thread (CPU only)",
+    )
+    sub.add_argument("--seed", type=between(0, 2**62), default=0)
 
     sub = verb("verify", "check only: a table of what is right where", do_verify)
     add_lists(sub, op=None, provider=None)
@@ -311,7 +309,9 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
     sub = verb(
-        "compare", "two runs: SAME, FASTER, SLOWER, AMBIGUOUS or LOST per row; exit code 1 on SLOWER or LOST", do_compare
+        "compare",
+        "two runs: SAME, FASTER, SLOWER, AMBIGUOUS, LOST or MISSING per row; exit code 1 on SLOWER or LOST",
+        do_compare,
     )
     sub.add_argument("before", help="a result file, a folder of them, or a baseline's name")
     sub.add_argument("after")
@@ -343,6 +343,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {argv[0]} is not available here: {error}", file=sys.stderr)
         return USAGE
     do: Callable[[argparse.Namespace], int] = args.do
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: no worker is left behind
     try:
         return do(args)
     except UsageError as error:
@@ -360,6 +363,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception:  # Python's own exit code for it is 1, which is REGRESSION
+        traceback.print_exc()
+        return UNEXPECTED
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,10 @@ class Case:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     devices: tuple[str, ...] = ("cpu", "cuda")
     tags: frozenset[str] = frozenset()  # "goal": counts for the op's goal; "quick": in the quick preset
-    bytes: Cost | None = None  # (mode, bytes per element) -> the least traffic to and from memory
+    # (mode, bytes per element) -> the least traffic to and from memory: each call reads its inputs once and writes its outputs
+    # once. Only a sum over a whole tensor in between, as batch norm's statistics are, makes it read again. A training step is
+    # two calls. What the kernels move may be more: they are several where one would do.
+    bytes: Cost | None = None
     flops: Cost | None = None  # (mode, bytes per element) -> floating-point operations, 2 per multiply-add
     eager_form: str = ""  # how eager is written, for the table
 

@@ -7,6 +7,8 @@ Data is random: zeros multiply faster. The best of several calls counts, so that
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,11 +29,17 @@ class Ceilings:
     gbps: dict[int, float] = field(default_factory=dict)
 
     def bandwidth(self, working_set: int) -> float | None:
-        """GB/s that a call touching `working_set` bytes cannot pass: the best rate of any working set as large, or of the
-        next smaller one measured."""
+        """GB/s that a call touching `working_set` bytes cannot pass: the best rate of any working set as large, between two
+        that were measured interpolated on logarithmic axes."""
         sizes = sorted(self.gbps)
-        floor = max((s for s in sizes if s <= working_set), default=min(sizes, default=0))
-        return max((self.gbps[s] for s in sizes if s >= floor), default=None)
+        if not sizes:
+            return None
+        best = [max(self.gbps[s] for s in sizes[i:]) for i in range(len(sizes))]
+        i = bisect.bisect_right(sizes, working_set)
+        if i in (0, len(sizes)) or not best[i]:
+            return best[min(i, len(sizes) - 1)]
+        part = math.log(working_set / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
+        return best[i - 1] * math.exp(part * math.log(best[i] / best[i - 1]))
 
     def floor_ms(self, dtype: str, bytes: int | None, flops: int | None, working_set: int) -> float | None:
         """The least time in which this machine can do it, or None where nothing is declared."""
@@ -54,7 +62,7 @@ def measure(device: str, watch: Stopwatch, dtypes: tuple[str, ...] = ("float32",
     """About 2 s on a CPU."""
     cuda = device == "cuda"
     sides = (4096, 8192) if cuda else (512, 1024)
-    sizes = [1 << 26, 1 << 30] if cuda else [1 << p for p in (15, 18, 20, 22, 24, 27)]
+    sizes = [1 << 26, 1 << 30] if cuda else [1 << p for p in (15, 18, 20, 22, 24, 25, 26, 27)]
     gflops = {name: max(_matmul(device, getattr(torch, name), side, watch) for side in sides) for name in dtypes}
     return Ceilings(gflops, {size: _traffic(device, size, watch) for size in sizes})
 

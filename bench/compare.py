@@ -1,4 +1,4 @@
-"""Two runs side by side: which rows became faster or slower, judged from their samples.
+"""Two runs side by side: which rows became faster or slower, judged from the processes that measured them.
 
 What is compared is the ratio to eager, which each run measured in the same rounds as its own time, so that a machine that was
 busier or clocked lower in one run does not look like a change of the code.
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from dlaccel.bench import results
 from dlaccel.bench.results import Row
-from dlaccel.bench.timing import percentile
 
 THRESHOLD = 0.05  # smaller changes are no change
+# The range of three normal values is 1.7 standard deviations, and the difference of two medians of three has one of 0.95: two
+# ranges are 3.6 of those. That ranges do not overlap is not enough: without any change it happens in one row of ten.
+SPREADS = 2.0
 
-SAME, FASTER, SLOWER, AMBIGUOUS, LOST = "SAME", "FASTER", "SLOWER", "AMBIGUOUS", "LOST"
+SAME, FASTER, SLOWER, AMBIGUOUS, LOST, MISSING = "SAME", "FASTER", "SLOWER", "AMBIGUOUS", "LOST", "MISSING"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Change:
     """One row in both runs. `factor`: its ratio to eager in the second over that in the first."""
 
     before: Row
-    after: Row
+    after: Row | None
     verdict: str
     factor: float | None = None
 
@@ -41,28 +43,26 @@ def differences(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
-    """The rows that the first run timed and the second has, eager's control rows left out."""
+    """The rows that the first run timed, eager's control rows left out."""
     second = {row.key: row for row in after}
-    return [_change(row, second[row.key]) for row in before if row.timed and row.provider != "eager" and row.key in second]
+    return [_change(row, second.get(row.key)) for row in before if row.timed and row.provider != "eager"]
 
 
-def _change(before: Row, after: Row) -> Change:
-    if not after.timed:
-        return Change(before, after, LOST)
+def _change(before: Row, after: Row | None) -> Change:
+    """FASTER and SLOWER: the change is more than SPREADS times what processes of either run differ by, and more than eager
+    scatters against itself."""
+    if after is None or not after.timed:
+        return Change(before, after, MISSING if after is None else LOST)
     assert before.ratio and after.ratio
     factor = after.ratio / before.ratio
     if abs(factor - 1) < THRESHOLD:
         return Change(before, after, SAME, factor)
-    (low, high), (new_low, new_high) = _interval(before), _interval(after)
-    verdict = FASTER if new_low > high else SLOWER if new_high < low else AMBIGUOUS
-    return Change(before, after, verdict, factor)
-
-
-def _interval(row: Row) -> tuple[float, float]:
-    """p20 to p80 of the paired ratios, widened to hold the median of every repeat."""
-    paired = [e / max(t, 1e-9) for e, t in zip(row.eager_samples_ms, row.samples_ms, strict=True)]
-    ends = (percentile(paired, 20), percentile(paired, 80), *row.repeat_ratios)
-    return min(ends), max(ends)
+    spread = max((high - low) / row.ratio for row in (before, after) for low, high in (row.interval,) if row.ratio)
+    quiet_low = min(before.control_p20 or 1, after.control_p20 or 1)
+    quiet_high = max(before.control_p80 or 1, after.control_p80 or 1)
+    faster = factor - 1 > SPREADS * spread and factor > quiet_high
+    slower = 1 / factor - 1 > SPREADS * spread and factor < quiet_low
+    return Change(before, after, FASTER if faster else SLOWER if slower else AMBIGUOUS, factor)
 
 
 HEADERS = ("op/case", "dtype", "mode", "provider", "ms before", "ms after", "ratio before", "ratio after", "change", "verdict")
@@ -71,8 +71,8 @@ HEADERS = ("op/case", "dtype", "mode", "provider", "ms before", "ms after", "rat
 def cells(change: Change) -> tuple[str, ...]:
     a, b = change.before, change.after
     name = f"{a.op}/{a.case}" + (" [default allocator]" if a.allocator == "default" else "")
-    after = ("", f"{a.ratio:.2f}", "", "", f"{change.verdict}: {b.status}, {b.reason}")
-    if change.factor is not None:
+    after = ("", f"{a.ratio:.2f}", "", "", change.verdict + (f": {b.status}, {b.reason}" if b else ""))
+    if b is not None and change.factor is not None:
         after = (
             f"{b.median_ms:.3g}",
             f"{a.ratio:.2f}",

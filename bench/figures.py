@@ -14,7 +14,7 @@ from typing import Any
 
 from dlaccel.bench.kernel_times import Pair
 from dlaccel.bench.results import Row
-from dlaccel.bench.summary import LOSS, eager_ms
+from dlaccel.bench.summary import eager_ms, losses, verdict
 
 INK = "#1f2328"
 COLOURS = {"dlaccel": "#0969da", "eager": "#8c959f"}
@@ -86,7 +86,7 @@ def _speaking(row: Row) -> str:
 
 
 def speedups(rows: Sequence[Row], title: str) -> Any:
-    """Ratio to eager of every provider, one panel a mode, with p20 to p80; below 1 it is slower than eager."""
+    """Ratio to eager of every provider, one panel a mode, with the spread of processes; below 1 it is slower than eager."""
     rows = [row for row in rows if row.status == "passed" and row.provider != "eager" and row.ratio]
     if not rows:
         return None
@@ -106,11 +106,10 @@ def speedups(rows: Sequence[Row], title: str) -> Any:
                         continue
                     assert row.ratio is not None
                     y = cases.index(_speaking(row)) + (i - (len(providers) - 1) / 2) * height
-                    lost = provider == "dlaccel" and row.ratio < LOSS
+                    lost = provider == "dlaccel" and verdict(row) == "LOSS"
                     shade = LOSS_COLOUR if lost else colour(provider, others)
                     ax.barh(y, row.ratio, height=height * 0.92, color=shade, alpha=0.55 if eager_ms(row) < 0.02 else 1)
-                    if row.ratio_p20 is not None and row.ratio_p80 is not None:
-                        ax.plot([row.ratio_p20, row.ratio_p80], [y, y], color=INK, lw=1, marker="|", ms=4)
+                    ax.plot(row.interval, [y, y], color=INK, lw=1, marker="|", ms=4)
             ax.set_title(mode)
             ax.set_xlabel("times as fast as eager")
             ax.set_xlim(left=0)
@@ -120,7 +119,7 @@ def speedups(rows: Sequence[Row], title: str) -> Any:
         axes[0][0].set_ylim(len(cases) - 0.4, -0.6)
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour(p, others)) for p in providers]
         names = [*providers]
-        if any(r.provider == "dlaccel" and r.ratio < LOSS for r in rows if r.ratio):
+        if losses(rows):
             handles.append(plt.Rectangle((0, 0), 1, 1, color=LOSS_COLOUR))
             names.append("dlaccel, a losing row")
         figure.legend(handles, names, loc="outside lower center", ncols=len(names))
@@ -180,9 +179,10 @@ def throughput(rows: Sequence[Row], title: str) -> Any:
 
 
 def roofline(rows: Sequence[Row], title: str) -> Any:
-    """Arithmetic rate against intensity, both logarithmic, under the measured roofs."""
+    """Arithmetic rate against intensity, both logarithmic, under the least and the largest measured roof of these rows: the
+    bandwidth of a working set falls with its size."""
     rows = [r for r in rows if r.status == "passed" and r.provider == "dlaccel" and r.bytes and r.flops and r.tflops]
-    roofs = [(r.ceiling_gbps, r.ceiling_tflops) for r in rows if r.ceiling_gbps and r.ceiling_tflops]
+    roofs = [(r.ceiling_gbps, r.ceiling_tflops, r.working_set) for r in rows if r.ceiling_gbps and r.ceiling_tflops]
     if not rows or not roofs:
         return None
     ops = sorted({r.op for r in rows})
@@ -193,19 +193,19 @@ def roofline(rows: Sequence[Row], title: str) -> Any:
             x = [(r.flops or 0) / (r.bytes or 1) for r in found]
             y = [1e3 * (r.tflops or 0) for r in found]
             ax.plot(x, y, ls="", marker="osD^vPX"[i % 7], ms=5, alpha=0.8, color=(COLOURS["dlaccel"], *OTHERS)[i % 9], label=op)
-        memory, cache = min(r[0] for r in roofs), max(r[0] for r in roofs)
+        low, high = min(roofs, key=lambda roof: roof[0]), max(roofs, key=lambda roof: roof[0])
         peak = 1e3 * max(r[1] for r in roofs)
-        for bandwidth, name, line in ((memory, "memory", "--"), (cache, "cache", ":")):
-            if line == ":" and cache == memory:
+        for (bandwidth, _, size), line in ((low, "--"), (high, ":")):
+            if line == ":" and high[0] == low[0]:
                 continue
-            label = f"{name} {bandwidth:.3g} GB/s, {peak:.4g} GFLOP/s"
+            label = f"{bandwidth:.3g} GB/s" + (f" at {size / 1e6:.3g} MB" if size else "") + f", {peak:.4g} GFLOP/s"
             intensities = (2.0**-6, peak / bandwidth, 2.0**16)
             ax.plot(intensities, [min(peak, bandwidth * i) for i in intensities], color=INK, ls=line, lw=1, label=label)
         ax.set_xscale("log")
         ax.set_yscale("log")
         points = [(r.flops or 0) / (r.bytes or 1) for r in rows]
-        ridge = peak / cache  # where the roofs meet; shown, so that the picture says which side a point is on
-        ax.set_xlim(min(*points, ridge) / 2, max(*points, peak / memory) * 2)
+        ridge = peak / high[0]  # where the roofs meet; shown, so that the picture says which side a point is on
+        ax.set_xlim(min(*points, ridge) / 2, max(*points, peak / low[0]) * 2)
         ax.set_ylim(bottom=0.5 * min(1e3 * (r.tflops or 0) for r in rows))
         _plain_log_axis(ax.xaxis)
         _plain_log_axis(ax.yaxis)

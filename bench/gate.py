@@ -107,12 +107,18 @@ class Values:
 
 def values_of(case: Case, dtype: torch.dtype, device: str, seed: int, *, eager: Function, reference: Function) -> Values:
     """Draws inputs and a gradient of the output, and what they should give."""
+    tensors, dy = drawn(case, dtype, device, seed, eager)
+    return expected(case, tensors, dy, eager=eager, reference=reference)
+
+
+def drawn(case: Case, dtype: torch.dtype, device: str, seed: int, eager: Function) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Inputs, and a gradient of the output in its layout."""
     tensors = tuple(t.detach() for t in case.inputs(dtype, device, seed))
     with torch.no_grad():
         y = case.call(eager, *map(torch.clone, tensors))
     generator = torch.Generator(device).manual_seed(seed + 1_000_003)
     dy = normal(tuple(y.shape), generator, y.dtype) if y.dim() else torch.ones_like(y)
-    return expected(case, tensors, torch.empty_like(y).copy_(dy), eager=eager, reference=reference)  # in the layout of y
+    return tensors, torch.empty_like(y).copy_(dy)
 
 
 def expected(case: Case, tensors: tuple[Tensor, ...], dy: Tensor, *, eager: Function, reference: Function) -> Values:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dlaccel.bench.case import Case
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPES |= {name: name for name in DTYPES.values()}
+MANY = 30  # names, more than which an error does not list
 
 
 class UsageError(ValueError):
@@ -23,7 +24,8 @@ def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UsageError(f"unknown {what} {name!r}{hint}; known: {', '.join(known) or 'none'}")
+            shown = known if len(known) <= MANY else [*known[:3], f"and {len(known) - 3} more (`list {what}s`)"]
+            raise UsageError(f"unknown {what} {name!r}{hint}; known: {', '.join(shown) or 'none'}")
     return list(asked)
 
 
@@ -31,11 +33,35 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]  # names of cases contain spaces
 
 
+def some_words(text: str) -> list[str]:
+    if not words(text):
+        raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
+    return words(text)
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def between(low: int, high: float) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}" if high < float("inf") else
+                                             f"expected at least {low}, got {text}")  # fmt: skip
+        return value
+
+    return integer
+
+
 def add_lists(parser: argparse.ArgumentParser, **options: str | None) -> None:
     """Options that take names, separated by commas or by repeating the option; options: name=help."""
     for name, help in options.items():
         parser.add_argument(
-            f"--{name}", f"--{name}s", type=words, action="extend", default=[], metavar=f"{name.upper()}[,...]", dest=name,
+            f"--{name}", f"--{name}s", type=some_words, action="extend", default=[], metavar=f"{name.upper()}[,...]", dest=name,
             help=help,
         )  # fmt: skip
 

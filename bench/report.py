@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ class Machine:
     name: str
     facts: list[tuple[str, str]]
     counts: str
-    tiles: list[tuple[str, float, int]]  # dlaccel's training steps, or whatever there is
+    tiles: list[summary.Mean]  # dlaccel's training steps, or whatever there is
     means: list[tuple[str, str, str]]
     losses: list[tuple[str, ...]]
+    undecided: list[tuple[str, ...]]
     untimed: list[tuple[str, ...]]
     table: list[tuple[str, tuple[str, ...]]]  # (kind of verdict, cells)
     figures: list[Figure] = field(default_factory=list)
@@ -41,15 +42,16 @@ def machine(name: str, rows: Sequence[Row], folder: Path, prefix: str) -> Machin
     rows = sorted(rows, key=summary.order)
     shown = [row for row in rows if row.provider != "eager" or not row.timed]
     means = summary.geometric_means(rows)
-    ours = [(what.removeprefix("dlaccel: "), mean, n) for what, mean, n in means if what.startswith("dlaccel: ")]
+    ours = [replace(mean, what=mean.what.removeprefix("dlaccel: ")) for mean in means if mean.what.startswith("dlaccel: ")]
     count = Counter(row.status for row in shown)
     return Machine(
         name=name,
         facts=facts(rows),
         counts=", ".join(f"{count[status]} {status}" for status in results.STATUSES if count[status]),
-        tiles=[mean for mean in ours if " train " in mean[0] and "default allocator" not in mean[0]] or ours,
-        means=[(what, f"{mean:.2f}", str(n)) for what, mean, n in means],
+        tiles=[mean for mean in ours if " train " in mean.what and "default allocator" not in mean.what] or ours,
+        means=[(mean.what, mean.text, mean.of) for mean in means],
         losses=[summary.cells(row) for row in summary.losses(rows)],
+        undecided=[summary.cells(row) for row in summary.undecided(rows)],
         untimed=[
             (*summary.cells(row)[:4], summary.verdict(row)) for row in shown if row.status in ("failed", "refused", "suspect")
         ],
@@ -73,7 +75,8 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     commits = sorted({row.git_sha[:12] + (" with local changes" if row.git_dirty else "") for row in rows if row.git_sha})
     found = {
         "GPU": all_of("gpu"), "driver": all_of("driver"), "CPU": all_of("cpu"), "threads": all_of("threads"),
-        "clock": all_of("clock"), "load average": f"{min(loads):.2f} to {max(loads):.2f}" if loads else "",
+        "clock": all_of("clock"), "allocator": all_of("allocator"),
+        "load average": f"{min(loads):.2f} to {max(loads):.2f}" if loads else "",
         "float32 products": all_of("precision"), "torch": all_of("torch"), "Triton": all_of("triton"), "NumPy": all_of("numpy"),
         "Python": all_of("python"), "commit": ", ".join(commits),
         "measured": f"{' to '.join(dict.fromkeys([times[0], times[-1]]))} UTC" if times else "",

@@ -6,8 +6,11 @@ long it took (only if it was), and on what it was measured.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -16,8 +19,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import TracebackType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -61,7 +64,8 @@ class Row:
     ratio_p20: float | None = None  # of all paired ratios
     ratio_p80: float | None = None
     repeat_ratios: list[float] = field(default_factory=list)  # the median paired ratio of each repeat
-    control_p20: float | None = None  # eager against eager in the same rounds
+    processes: int = 1  # that the repeats were made in; equal parts of the samples, in order
+    control_p20: float | None = None  # eager against eager in the same rounds, the median of the processes
     control_p80: float | None = None
     host_us: float | None = None  # host time of one call; CUDA only
     graph_ms: float | None = None  # replayed from a CUDA graph, warm cache; only below 50 us
@@ -73,7 +77,8 @@ class Row:
     # Cost model, ceilings and errors.
     bytes: int | None = None
     flops: int | None = None
-    ceiling_gbps: float | None = None
+    working_set: int | None = None  # bytes of the inputs and of the gradient of the output
+    ceiling_gbps: float | None = None  # of that working set
     ceiling_tflops: float | None = None
     peak_memory_bytes: int | None = None
     eager_peak_memory_bytes: int | None = None
@@ -97,17 +102,26 @@ class Row:
     provider_version: str = ""
     git_sha: str = ""
     git_dirty: bool = False
+    sources: str = ""  # hash of the code
     seed: int = 0
     time_utc: str = ""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.schema != SCHEMA:
             raise ValueError(f"schema {self.schema}; this version reads schema {SCHEMA}")
         if self.status not in STATUSES:
             raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
         if self.status in TIMED:
-            if not self.samples_ms:
-                raise ValueError(f"a row with status {self.status} needs samples")
+            if not self.samples_ms or len(self.samples_ms) != len(self.eager_samples_ms):
+                raise ValueError(f"a row with status {self.status} needs samples, and as many of eager")
+            if self.median_ms is None or self.ratio is None or not self.repeat_ratios:
+                raise ValueError(f"a row with status {self.status} needs median_ms, ratio and repeat_ratios")
+            ratios = (self.ratio, self.ratio_p20, self.ratio_p80, self.control_p20, self.control_p80, *self.repeat_ratios)
+            if not all(0 < r < math.inf for r in ratios if r is not None):
+                raise ValueError("a ratio is a number above 0")
+            if not all(0 <= ms < math.inf for ms in (self.median_ms, *self.samples_ms, *self.eager_samples_ms)):
+                raise ValueError("a time is a number from 0")
         elif held := [name for name in _TIMES if getattr(self, name) not in (None, [])]:
             raise ValueError(f"a row with status {self.status} cannot hold {', '.join(held)}")
 
@@ -119,6 +133,18 @@ class Row:
         """The same row without its times."""
         nothing: dict[str, Any] = {name: [] if isinstance(getattr(self, name), list) else None for name in _TIMES}
         return replace(self, status=status, reason=reason, **nothing)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the ratio may lie: from the least to the largest of its processes' ratios.
+
+        Rows of one process, as older versions made them, do not show how processes differ: p20 to p80 of their pairs, and at
+        least their repeats.
+        """
+        ends = self.repeat_ratios
+        if self.processes == 1:
+            ends = [*ends, *(r for r in (self.ratio_p20, self.ratio_p80) if r is not None)]
+        return min(ends), max(ends)
 
     @property
     def key(self) -> Key:
@@ -134,8 +160,38 @@ class Row:
     @property
     def resume_key(self) -> Key:
         """Rows with equal resume keys need not be measured again."""
-        versions = (self.torch, self.triton, self.git_sha, str(self.git_dirty))
+        versions = (self.torch, self.triton, self.git_sha, self.sources)
         return (*self.key, *self.environment.values(), *versions, str(self.seed))
+
+
+def check_types(row: object) -> None:
+    """Raises ValueError for a field of a dataclass that does not hold what it is declared to hold."""
+    kind: Any = type(row)
+    for name, declared in _declared(kind).items():
+        if not _holds(getattr(row, name), declared):
+            raise ValueError(f"{name}: {str(getattr(row, name))[:40]!r} is not {getattr(declared, '__name__', declared)}")
+
+
+@functools.cache
+def _declared(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _holds(value: Any, declared: Any) -> bool:
+    if declared is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if declared is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    outer, inner = get_origin(declared), get_args(declared)
+    if outer is list:
+        return isinstance(value, list) and all(_holds(v, inner[0]) for v in value)
+    if outer is dict:
+        return isinstance(value, dict) and all(_holds(k, inner[0]) and _holds(v, inner[1]) for k, v in value.items())
+    if outer in (Union, UnionType):
+        return any(_holds(value, one) for one in inner)
+    if outer is Literal:
+        return value in inner
+    return declared is Any or isinstance(value, declared)
 
 
 _TIMES = ("samples_ms", "eager_samples_ms", "median_ms", "p20_ms", "p80_ms", "ratio", "ratio_p20", "ratio_p80",
@@ -158,34 +214,47 @@ def provenance(device: str, *, threads: int, clock: str, precision: str, seed: i
         "triton": package_version("triton"),
         "numpy": package_version("numpy"),
         "python": platform.python_version(),
-        "git_sha": _output("git", "-C", str(root), "rev-parse", "HEAD") or source_hash(root),
+        "git_sha": _output("git", "-C", str(root), "rev-parse", "HEAD") or sources(),
         "git_dirty": bool(_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")),
+        "sources": sources(),
         "seed": seed,
     }
-
-
-def source_hash(root: Path) -> str:
-    """Instead of a commit, where there is no repository: of the code that may change a result."""
-    digest = hashlib.sha256()
-    for folder in ("bench", "dlaccel", "kernels", "tests"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:40]
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def cpus() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
 def cpu_name() -> str:
-    """Model name and number of CPUs this process may use."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """What tells one CPU from another (virtual machines often hide the model's name), and how many this process may use."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {cpus} CPUs"
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        lines = []
+    known = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    model = known.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{name.removeprefix('cpu ')} {known[name]}" for name in ("cpu family", "model", "stepping") if name in known]
+    return f"{model} ({', '.join([*numbers, torch.backends.cpu.get_cpu_capability()])}), {cpus()} CPUs"
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the code that may change a result, the benchmark's and the tests' included: a commit with local changes says
+    less, and where there is no repository this stands for it. Tables that were measured meanwhile do not count."""
+    found = hashlib.sha256()
+    packages = {
+        name: Path(importlib.import_module(name).__path__[0]) for name in ("dlaccel", "dlaccel.kernels", "dlaccel.bench")
+    }
+    for name, folder in (packages | {"tests": packages["dlaccel"].parent / "tests"}).items():
+        for path in sorted(folder.rglob("*.py")):
+            found.update(f"{name}/{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:40]
 
 
 def package_version(name: str) -> str:

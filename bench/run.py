@@ -1,4 +1,4 @@
-"""Plans a run, starts one worker for each case and allocator, and keeps the rows as they come."""
+"""Plans a run, starts workers for each case and allocator, one after the other, and keeps the rows as they come."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from typing import IO, Any
 
 from dlaccel.bench import provider, results, timing
 from dlaccel.bench.case import Case
+from dlaccel.bench.ceilings import Ceilings
 from dlaccel.bench.gate import MODES
 from dlaccel.bench.results import Row, Writer
-from dlaccel.bench.worker import Job
+from dlaccel.bench.worker import Job, judge, merge
 
 TIMEOUT = 900.0  # seconds for one case
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}  # malloc keeps what it once had
@@ -43,7 +44,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(QUICK, ("fwd", "train"), frozenset(), ("dlaccel", "eager"), timing.Effort(0.2, 5)),
+    "quick": Preset(QUICK, ("fwd", "train"), frozenset(), ("dlaccel", "eager"), timing.Effort(0.1, 5)),
     "default": Preset(
         LISTED, ("fwd", "train", "dgrad", "wgrad"), frozenset({QUICK}), ("dlaccel", "eager"), timing.Effort(0.2, 7)
     ),
@@ -64,7 +65,7 @@ class Selection:
 
     preset: str = "default"
     ops: Sequence[str] = ()
-    cases: Sequence[str] = ()  # whole names or parts of them
+    cases: Sequence[str] = ()  # op/name
     providers: Sequence[str] = ()
     device: str = "cpu"
     dtypes: Sequence[str] = ()
@@ -83,7 +84,7 @@ class Selection:
         if self.device not in case.devices or (self.layouts and case.layout not in self.layouts) or not self.wanted(case):
             return False
         if self.cases:
-            return any(name in case.name for name in self.cases)
+            return str(case) in self.cases
         most = {QUICK: QUICK in case.tags, LISTED: rank(case, self.device) < 4, ALL: True}
         return most[PRESETS[self.preset].cases]
 
@@ -116,14 +117,18 @@ class Selection:
         """By op, about how long it takes where two cores are free (compilation of what compiles not included)."""
         effort = PRESETS[self.preset].effort
         return {
-            op: sum(_START_S + sum(_seconds(case, *group, effort) for group in _groups(self.wanted(case))) for case, _ in cases)
+            op: sum(
+                timing.processes(self.device) * _START_S
+                + sum(_seconds(case, *group, effort) for group in _groups(self.wanted(case)))
+                for case, _ in cases
+            )
             for op, cases in self.plan(families).items()
         }
 
 
 # Rough rates of two CPU cores, for estimates only. A process takes _START_S to start, a row _ROW_S besides its calls.
-_START_S, _ROW_S, _GFLOPS, _GBPS = 4.0, 0.15, 80.0, 6.0
-_REFERENCE_CALLS = 16  # what the float64 reference and eager's own answer cost before anything is timed, in calls of eager
+_START_S, _ROW_S, _GFLOPS, _GBPS = 2.5, 0.1, 80.0, 6.0
+_REFERENCE_CALLS = 100  # what checking a row costs, in calls of eager: most of it the reference and comparing with it
 
 
 def _groups(wanted: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, int]]:
@@ -265,19 +270,26 @@ def run(
     if not any(plan.values()):
         raise ValueError(f"nothing to measure on {selection.device}: no case has this op, size, layout and mode")
     path = out / "bench.jsonl"
+    last, problems = results.read(path) if path.exists() else ([], [])
+    clock, threads = _as_before(last, selection.device, clock, threads)
+    measured_by, cores = timing.clock_and_threads(selection.device)
+    clock = clock or ("wall" if measured_by == "thread" and (threads or 1) > 1 else measured_by)
+    threads = threads or (1 if clock == "thread" else min(cores, results.cpus()))
+    if clock == "thread" and threads > 1:
+        raise ValueError(f"the thread clock adds up the time of all threads: it takes --threads 1, got {threads}")
+    if threads > results.cpus():
+        raise ValueError(f"--threads {threads}: this process may use {results.cpus()} CPUs")
+    if (clock == "cuda") != (selection.device == "cuda"):
+        raise ValueError(f"--clock {clock}: a GPU is timed by its own events")
     kept: list[Row] = []
     if path.exists() and resume:
-        kept, problems = results.read(path)
+        kept = last
         for problem in problems:
             say(f"left out: {problem}")
-        clock, threads = _as_before(kept, selection.device, clock, threads)
     elif path.exists():
         path.replace(out / "previous.jsonl")
-        say(f"the rows of the last run are in {out / 'previous.jsonl'} now")
+        say(f"the rows of the last run are in {out / 'previous.jsonl'} now; this one is timed by the same clock and threads")
 
-    measured_by, cores = timing.clock_and_threads(selection.device)
-    clock = clock or measured_by
-    threads = threads or (1 if clock == "thread" else cores)
     environment = results.provenance(selection.device, threads=threads, clock=clock, precision=precision, seed=seed)
     say(f"{environment['gpu'] or environment['cpu']}; {threads} threads, {clock} clock, load {os.getloadavg()[0]:.2f}")
     if clock != "cuda" and os.getloadavg()[0] > cores:
@@ -286,8 +298,9 @@ def run(
     have = {row.resume_key for row in kept if not _now_there(row)}
     names: dict[str, str] = {}  # of providers, by how they were asked for
     effort = PRESETS[selection.preset].effort
+    once = timing.REPEATS // timing.processes(selection.device)  # the repeats of one process are one
     deadline = None if budget is None else begin + budget
-    roof: dict[str, Any] | None = None
+    roof: Ceilings | None = None
     new: dict[results.Key, Row] = {}
 
     with Writer(path) as file, Workers() as processes:
@@ -304,35 +317,60 @@ def run(
             if not wanted:
                 continue
             if roof is None:
-                roof = next(iter(worker(Job(environment=environment, allocator=allocator))))
+                roof = Ceilings.from_json(next(iter(worker(Job(environment=environment, allocator=allocator)))))
             job = Job(
                 op=case.op, case=case.name, wanted=wanted, environment=environment, allocator=allocator,
-                seconds=effort.seconds, rounds=effort.rounds, deadline=deadline, ceilings=roof,
+                seconds=effort.seconds * once, rounds=effort.rounds * once, deadline=deadline,
             )  # fmt: skip
-            missing = {_keyed(blank, w, names).key: _keyed(blank, w, names) for w in wanted}
-            try:
-                for answer in worker(job):
-                    row = Row(**answer)
-                    file.write(row)
-                    new[row.key] = row
-                    missing.pop(row.key, None)
-            except RuntimeError as error:  # it crashed, or ran too long: what it had not answered is refused
-                for empty in missing.values():
-                    row = replace(empty, status="refused", reason=str(error), time_utc=results.now())
-                    file.write(row)
-                    new[row.key] = row
+            empty = {_keyed(blank, w, names).key: (_keyed(blank, w, names), w) for w in wanted}
+            for row in _measured(worker, job, empty, roof):
+                file.write(row)
+                new[row.key] = row
     return [*(row for row in kept if row.key not in new), *new.values()]
 
 
-def _as_before(kept: Sequence[Row], device: str, clock: str | None, threads: int | None) -> tuple[str | None, int | None]:
-    """Clock and threads of the rows that a run continues, unless others are asked for.
+def _measured(
+    worker: Worker, job: Job, empty: Mapping[results.Key, tuple[Row, tuple[str, str, str]]], roof: Ceilings
+) -> Iterator[Row]:
+    """The rows of one case, each from several processes one after the other: those that failed at once, the others at last.
 
-    What is measured now would otherwise not be comparable with what is there: a run makes the machine busy, and so, started
+    `empty`: by key the row without its outcome, and how it was asked for. What was begun before the deadline is finished.
+    """
+    parts: dict[results.Key, list[Row]] = {}
+    for left in reversed(range(timing.processes(job.environment["device"]))):
+        if parts:
+            job = replace(job, wanted=[empty[key][1] for key in parts], deadline=None, checked=True)
+        if not job.wanted:
+            return
+        asked = [key for key, (_, wanted) in empty.items() if wanted in job.wanted]
+        got: dict[results.Key, Row] = {}
+        try:
+            for answer in worker(job):
+                row = Row(**answer)
+                got[row.key] = row
+                if not row.timed or not left:  # one that a graph has been captured of comes a second time
+                    whole = merge([*parts.get(row.key, ()), row])
+                    yield judge(whole, roof) if whole.timed else whole
+        except RuntimeError as error:  # it crashed, or ran too long: what it had not answered is refused
+            for key in asked:
+                if key not in got:
+                    yield replace(empty[key][0], status="refused", reason=str(error), time_utc=results.now())
+        parts = {key: [*parts.get(key, ()), row] for key, row in got.items() if row.timed}
+        if not parts:
+            return
+
+
+def _as_before(kept: Sequence[Row], device: str, clock: str | None, threads: int | None) -> tuple[str | None, int | None]:
+    """Clock and threads of the rows that a run continues or replaces, unless others are asked for.
+
+    What is measured now would otherwise not be comparable with what was there: a run makes the machine busy, and so, started
     again, would find that it has to be timed in another way.
     """
     mine = [row for row in kept if row.timed and row.device == device and row.cpu == results.cpu_name()]
     last = max(mine, key=lambda row: row.time_utc, default=None)
-    return (clock, threads) if last is None else (clock or last.clock, threads or (last.threads if not clock else None))
+    if last is None or (clock and threads):
+        return clock, threads
+    return (clock, None) if clock else (None, threads) if threads else (last.clock, last.threads)
 
 
 def _now_there(row: Row) -> bool:

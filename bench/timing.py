@@ -1,11 +1,14 @@
 """How long a call takes, against eager in the same rounds.
 
-In each round every implementation runs once on the same freshly written inputs, in an order that rotates, and eager a second
-time as the control. So sample i of an implementation has a sample of eager taken next to it, under the same load, and their
-ratio means something even where neither time does. The ratio of a repeat is the median of its paired ratios; a row has three
-repeats, and their median counts.
+In each round every implementation runs once on the same freshly written inputs, in random order, and eager a second time as
+the control. So sample i of an implementation has a sample of eager taken next to it, under the same load, and their ratio means
+something even where neither time does. The ratio of a repeat is the median of its paired ratios; a row has three repeats, each
+in a process of its own (on a GPU one does them all), because what a process happens to get (addresses, pages, cores) is the same
+for all its pairs. The
+median of the three counts.
 
-On the CPU a quiet machine is timed with all its cores by the wall clock, a busy one with one thread by that thread's CPU time.
+On the CPU a quiet machine is timed with all its cores by the wall clock, a busy one with one thread by its CPU time. That is
+read from the clock of the whole process: work that an implementation hands to another thread counts.
 On a GPU, CUDA events around each call, after a flush of the L2 cache that also gives the device work while the host enqueues
 the call. (The GPU path has not yet been run on a GPU.)
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +28,13 @@ import torch
 
 from dlaccel.bench.gate import Outputs, Step, Values
 
-REPEATS = 3
+REPEATS = 3  # processes of a row
 QUIET_LOAD = 0.7
 MAX_ROUNDS = 200
 GRAPH_BELOW_MS = 0.05
 
 Clock = Callable[[], float]
-CLOCKS: dict[str, Clock] = {"thread": time.thread_time, "wall": time.perf_counter}
+CLOCKS: dict[str, Clock] = {"thread": time.process_time, "wall": time.perf_counter}
 
 
 def clock_and_threads(device: str) -> tuple[str, int]:
@@ -40,9 +44,14 @@ def clock_and_threads(device: str) -> tuple[str, int]:
     return ("wall", torch.get_num_threads()) if os.getloadavg()[0] < QUIET_LOAD else ("thread", 1)
 
 
+def processes(device: str) -> int:
+    """In which a row is measured. One on a GPU, where starting another takes seconds of an expensive machine."""
+    return 1 if device == "cuda" else REPEATS
+
+
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: each repeat takes at least `seconds` and `rounds`."""
+    """How long to measure: each of the three repeats takes at least `seconds` and `rounds`."""
 
     seconds: float
     rounds: int
@@ -50,9 +59,9 @@ class Effort:
 
 @dataclass
 class Sample:
-    """What the timed loop found for one implementation, in seconds; one list a repeat."""
+    """What the timed loop found for one implementation, in seconds."""
 
-    times: list[list[float]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     kept: list[tuple[int, Outputs]] = field(default_factory=list)  # (index of the inputs, outputs) of the last rounds
 
@@ -113,20 +122,20 @@ def stopwatch(clock: str) -> Stopwatch:
 
 
 def interleave(steps: Mapping[str, Step], values: Sequence[Values], watch: Stopwatch, effort: Effort) -> dict[str, Sample]:
-    """Times all of `steps` in common rounds, three repeats."""
+    """Times all of `steps` in common rounds: one repeat."""
     samples = {name: Sample() for name in steps}
     names = list(steps)
     grad = steps[names[0]].mode != "fwd"
+    order = random.Random(0)  # so that none always finds the caches as the same other has left them
 
-    def one_round(index: int, times: dict[str, list[float]], keep: bool) -> None:
+    def one_round(index: int, keep: bool) -> None:
         which = index % len(values)
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.sample(names, len(names)):
             step, sample = steps[name], samples[name]
             step.load(values[which])
             with step.context():
                 step.prepare()
-                times[name].append(watch.time(step.run))
+                sample.times.append(watch.time(step.run))
             sample.host.append(watch.host_time())
             if keep:
                 sample.kept.append((which, {key: t.clone() for key, t in step.outputs().items()}))
@@ -135,15 +144,12 @@ def interleave(steps: Mapping[str, Step], values: Sequence[Values], watch: Stopw
     with torch.set_grad_enabled(grad), _no_garbage_collection():
         for index in range(2):  # warm up
             begin = time.perf_counter()
-            one_round(index, {name: [] for name in names}, keep=False)
+            one_round(index, keep=False)
             seconds = time.perf_counter() - begin
+        samples |= {name: Sample() for name in names}
         rounds = min(MAX_ROUNDS, max(effort.rounds, int(effort.seconds / max(seconds, 1e-6))))
-        for _ in range(REPEATS):
-            times: dict[str, list[float]] = {name: [] for name in names}
-            for index in range(rounds):
-                one_round(index, times, keep=index >= rounds - len(values))
-            for name in names:
-                samples[name].times.append(times[name])
+        for index in range(rounds):
+            one_round(index, keep=index >= rounds - len(values))
     return samples
 
 
@@ -159,24 +165,9 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as eager: above 1 is faster."""
-
-    repeats: list[float]
-    p20: float
-    p80: float
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.repeats)
-
-
-def ratio(eager: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> Ratio:
-    """From the paired times of each repeat."""
-    paired = [[e / max(o, 1e-9) for e, o in zip(es, os_, strict=True)] for es, os_ in zip(eager, other, strict=True)]
-    everything = [r for repeat in paired for r in repeat]
-    return Ratio([statistics.median(repeat) for repeat in paired], percentile(everything, 20), percentile(everything, 80))
+def ratios(eager_ms: Sequence[float], other_ms: Sequence[float]) -> list[float]:
+    """How many times as fast as eager, by pairs: above 1 is faster."""
+    return [max(e, 1e-6) / max(o, 1e-6) for e, o in zip(eager_ms, other_ms, strict=True)]
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:

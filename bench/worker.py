@@ -1,8 +1,9 @@
-"""Measures one case: gate, timing, floor, rows. `python -m dlaccel.bench.worker` does it in a process of its own.
+"""Measures one case: gate, timing, rows. `python -m dlaccel.bench.worker` does it in a process of its own.
 
 The process reads a job as JSON from standard input and writes its answers to standard output, one JSON object a line: a row, or
 for a job of ceilings the ceilings. A fresh process for each case and allocator, because malloc's settings are read at start,
-and because one case that crashes, runs out of memory or breaks the GPU must not take the others with it.
+and because one case that crashes, runs out of memory or breaks the GPU must not take the others with it. `merge` makes one row
+of what several processes measured, `judge` sets it against the machine's ceilings.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Job:
     seconds: float = 0.1
     rounds: int = 5
     deadline: float | None = None  # time.time() after which nothing new is begun
-    ceilings: dict[str, Any] | None = None
+    checked: bool = False  # another process has checked all that is wanted on the same inputs: time it only
 
     @staticmethod
     def from_json(text: str) -> Job:
@@ -67,23 +68,32 @@ def rows(job: Job, case: Case, eager: Any, reference: Any, providers: Mapping[st
         if job.deadline is not None and time.time() > job.deadline:
             return
         base = _row(job, case, dtype, mode)
+        if dtype not in values:
+            values.clear()  # one dtype's at a time: these are large
+            seeds = (job.environment["seed"], job.environment["seed"] + 1)
+            try:
+                values[dtype] = [_values(job, case, dtype, seed, eager, reference) for seed in seeds]
+            except Exception as error:  # no provider's fault
+                reason = f"eager or reference: {_failure(error)[1]}"
+                yield from (replace(base, provider=p.name, status="refused", reason=reason) for p in chosen)
+                continue
         try:
-            if dtype not in values:
-                values.clear()  # one dtype's at a time: these are large
-                seeds = (job.environment["seed"], job.environment["seed"] + 1)
-                values[dtype] = [
-                    gate.values_of(case, getattr(torch, dtype), base.device, seed, eager=eager, reference=reference)
-                    for seed in seeds
-                ]
             yield from _group(job, base, case, mode, eager, chosen, values[dtype], watch, short)
         except Exception as error:
             status, reason = _failure(error)
-            yield from (replace(base, provider=p.name, status=status, reason=f"eager or reference: {reason}") for p in chosen)
+            yield from (replace(base, provider=p.name, status=status, reason=f"in the timed loop, {reason}") for p in chosen)
     for row, step, inputs in short:  # last, and only to the first capture that fails: what runs after one may fail as well
         ms = timing.graph_ms(step, inputs)
         if ms is None:
             return
         yield replace(row, graph_ms=ms)
+
+
+def _values(job: Job, case: Case, dtype: str, seed: int, eager: Any, reference: Any) -> gate.Values:
+    kind, device = getattr(torch, dtype), job.environment["device"]
+    if job.checked:
+        return gate.Values(*gate.drawn(case, kind, device, seed, eager), eager={}, exact={})
+    return gate.values_of(case, kind, device, seed, eager=eager, reference=reference)
 
 
 def _row(job: Job, case: Case, dtype: str, mode: str) -> Row:
@@ -123,9 +133,9 @@ def _group(
         try:
             step = gate.Step(case, p.implementation(case), mode, tensors, dy, p.context)
             begin = time.perf_counter()
-            wrong = gate.check(step, values[0], may_overwrite=p.may_overwrite(case.op))
+            wrong = None if job.checked else gate.check(step, values[0], may_overwrite=p.may_overwrite(case.op))
             first_call[p.name] = time.perf_counter() - begin
-            wrong = wrong or gate.check(step, values[1], may_overwrite=p.may_overwrite(case.op))
+            wrong = wrong or (None if job.checked else gate.check(step, values[1], may_overwrite=p.may_overwrite(case.op)))
         except Unavailable as reason:
             yield replace(row, reason=str(reason))
         except Exception as error:
@@ -141,49 +151,71 @@ def _group(
         return
 
     samples = timing.interleave(steps, values, watch, timing.Effort(job.seconds, job.rounds))
-    control = timing.ratio(samples["eager"].times, samples[CONTROL].times)
+    times = {name: [round(1e3 * t, 6) for t in sample.times] for name, sample in samples.items()}
+    control = timing.ratios(times["eager"], times[CONTROL])
     eager_error = max(gate.errors(v.eager, v) for v in values)
-    eager_memory = timing.peak_memory(steps["eager"], values[0])
+    eager_memory = None if job.checked else timing.peak_memory(steps["eager"], values[0])
     for p in timed:
         # Eager's own row shows its control against it.
-        sample, step = samples[CONTROL if p.name == "eager" else p.name], steps[p.name]
+        name, step = CONTROL if p.name == "eager" else p.name, steps[p.name]
+        sample, ms = samples[name], times[name]
         row = replace(base, provider=p.name, provider_version=p.version, backend=p.backend(case, tensors))
-        if wrong := next((w for i, out in sample.kept if (w := gate.compare(out, values[i]))), None):
+        kept = [] if job.checked else sample.kept
+        if wrong := next((w for i, out in kept if (w := gate.compare(out, values[i]))), None):
             yield replace(row, status="failed", reason=f"in the timed loop, {wrong}")
             continue
-        everything = [1e3 * t for repeat in sample.times for t in repeat]
-        found = timing.ratio(samples["eager"].times, sample.times)
-        median = statistics.median(everything)
-        judged = judge(
+        median = statistics.median(ms)
+        whole = merge([
             replace(
                 row, status="passed", reason="overwrites its input, as documented" if p.may_overwrite(case.op) else "",
-                samples_ms=[round(t, 6) for t in everything],
-                eager_samples_ms=[round(1e3 * t, 6) for repeat in samples["eager"].times for t in repeat],
-                median_ms=median, p20_ms=timing.percentile(everything, 20), p80_ms=timing.percentile(everything, 80),
-                ratio=found.median, ratio_p20=found.p20, ratio_p80=found.p80, repeat_ratios=found.repeats,
-                control_p20=control.p20, control_p80=control.p80, first_call_s=round(first_call[p.name], 3),
+                samples_ms=ms, eager_samples_ms=times["eager"], median_ms=median,
+                ratio=1.0, repeat_ratios=[statistics.median(timing.ratios(times["eager"], ms))],
+                control_p20=timing.percentile(control, 20), control_p80=timing.percentile(control, 80),
+                first_call_s=round(first_call[p.name], 3),
                 host_us=1e6 * statistics.median(sample.host) if base.device == "cuda" else None,
-                peak_memory_bytes=timing.peak_memory(step, values[0]), eager_peak_memory_bytes=eager_memory,
-                error_vs_fp64=max(gate.errors(out, values[i]) for i, out in sample.kept), eager_error_vs_fp64=eager_error,
-            ),
-            Ceilings.from_json(job.ceilings) if job.ceilings else Ceilings(),
-            working_set=sum(t.numel() * t.element_size() for t in (*tensors, dy)),
-        )  # fmt: skip
-        if base.device == "cuda" and judged.timed and median < timing.GRAPH_BELOW_MS:
-            short.append((judged, step, values[0]))
-        yield judged
+                peak_memory_bytes=None if job.checked else timing.peak_memory(step, values[0]),
+                eager_peak_memory_bytes=eager_memory,
+                error_vs_fp64=max((gate.errors(out, values[i]) for i, out in kept), default=None),
+                eager_error_vs_fp64=eager_error,
+                working_set=sum(t.numel() * t.element_size() for t in (*tensors, dy)),
+            )
+        ])  # fmt: skip
+        if base.device == "cuda" and median < timing.GRAPH_BELOW_MS:
+            short.append((whole, step, values[0]))
+        yield whole
 
 
-def judge(row: Row, roof: Ceilings, working_set: int) -> Row:
+def merge(parts: Sequence[Row]) -> Row:
+    """One row of what several processes measured of the same thing, the first of which checked it; if one failed, that."""
+    if bad := [part for part in parts if not part.timed]:
+        return bad[0]
+    samples, eager_samples = ([t for part in parts for t in getattr(part, f)] for f in ("samples_ms", "eager_samples_ms"))
+    paired, repeats = timing.ratios(eager_samples, samples), [r for part in parts for r in part.repeat_ratios]
+
+    def middle(name: str) -> float | None:
+        known = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        return statistics.median(known) if known else None
+
+    return replace(
+        parts[0], processes=len(parts), samples_ms=samples, eager_samples_ms=eager_samples,
+        median_ms=statistics.median(samples), p20_ms=timing.percentile(samples, 20), p80_ms=timing.percentile(samples, 80),
+        ratio=statistics.median(repeats), repeat_ratios=repeats,
+        ratio_p20=timing.percentile(paired, 20), ratio_p80=timing.percentile(paired, 80),
+        control_p20=middle("control_p20"), control_p80=middle("control_p80"),
+        host_us=middle("host_us"), graph_ms=middle("graph_ms"),
+    )  # fmt: skip
+
+
+def judge(row: Row, roof: Ceilings) -> Row:
     """Fills in rates, and marks or refuses what is faster than the machine."""
-    assert row.median_ms is not None
+    assert row.median_ms is not None and row.working_set is not None
     ms = max(row.median_ms, 1e-6)
-    floor = roof.floor_ms(row.dtype, row.bytes, row.flops, working_set)
+    floor = roof.floor_ms(row.dtype, row.bytes, row.flops, row.working_set)
     row = replace(
         row,
         gbps=row.bytes / ms / 1e6 if row.bytes else None,
         tflops=row.flops / ms / 1e9 if row.flops else None,
-        ceiling_gbps=roof.bandwidth(working_set),
+        ceiling_gbps=roof.bandwidth(row.working_set),
         ceiling_tflops=roof.gflops[row.dtype] / 1e3 if row.dtype in roof.gflops else None,
         pct_of_floor=100 * floor / ms if floor else None,
     )

@@ -6,8 +6,8 @@
 Shapes: x (M, K) for any leading dimensions of the tensor, w (N, K), b (N,), y (M, N). Strides are in elements, named
 stride_<tensor><dimension>. Saved for backward: x, w, y.
 
-Least traffic, s bytes per element: forward (MK + NK + MN) s; backward 5 MN s + 2 (MK + NK) s, of which the pre-pass moves
-3 MN s (plain torch: 6 MN s). FLOPs: forward 2 MNK, backward 4 MNK.
+Traffic, s bytes per element: forward (MK + NK + MN) s; backward 5 MN s + 2 (MK + NK) s, of which the pre-pass moves 3 MN s
+(plain torch: 6 MN s). FLOPs: forward 2 MNK, backward 4 MNK.
 
 The backward is one pre-pass, which writes dz and per-block sums for db (added up in a fixed order: deterministic), and two
 plain matrix products, which are the vendor library's.

@@ -59,7 +59,9 @@ else:
         suppress_health_check=[checks.too_slow, checks.function_scoped_fixture],
     )
     # Compiled, each example may be a kernel to compile.
-    hypothesis.settings.register_profile("ci", common, derandomize=True, max_examples=100 if INTERPRET else 20 if EMULATED else 5)
+    hypothesis.settings.register_profile(
+        "ci", common, derandomize=True, max_examples=100 if INTERPRET else 20 if EMULATED else 5
+    )
     hypothesis.settings.register_profile("deep", common, max_examples=2000)
     hypothesis.settings.load_profile("ci")
 

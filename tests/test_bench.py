@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +17,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,7 +179,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list
                 answered += 1
                 yield json.loads(json.dumps(asdict(row)))
 
-        chosen = run.Selection(preset="quick", cases=[c.name for c in family.CASES], providers=list(known))
+        chosen = run.Selection(preset="quick", cases=[str(c) for c in family.CASES], providers=list(known))
         monkeypatch.setitem(run.PRESETS, "quick", replace(run.PRESETS["quick"], effort=timing.Effort(0.0, 3)))
         return run.run(chosen, {"toy": family}, tmp_path, worker=in_process, say=lambda text: None, **options)
 
@@ -200,9 +203,9 @@ def test_overwriting_inputs_is_accepted_where_the_library_documents_it(bench: Ca
 
 
 def test_too_fast_to_be_true() -> None:
-    row = replace(BLANK, status="passed", samples_ms=[1.0], median_ms=1.0, bytes=10**6)
+    row = replace(timed_row([1.0]), bytes=10**6, working_set=1)
     for excess, status in ((1.0, "passed"), (1.04, "passed"), (1.1, "suspect"), (5.0, "refused")):
-        judged = worker.judge(row, Ceilings({}, {1: 1 / excess}), working_set=1)
+        judged = worker.judge(row, Ceilings({}, {1: 1 / excess}))
         assert judged.status == status, excess
     assert judged.median_ms is None and judged.samples_ms == []
     assert "5.00 x the measured ceiling" in judged.reason
@@ -239,18 +242,54 @@ def test_the_stopwatch_takes_off_its_own_time() -> None:
     assert watch.time(call) == pytest.approx(5e-6)
 
 
-def test_ratio_is_the_median_of_paired_ratios() -> None:
+def test_ratio_is_the_median_of_what_processes_find_in_pairs() -> None:
     # A disturbance that hits both sides of a pair leaves the ratio alone.
-    found = timing.ratio([[2, 20, 2], [2, 2, 2], [4, 4, 4]], [[1, 10, 1], [1, 1, 1], [1, 1, 1]])
-    assert found.repeats == [2, 2, 4] and found.median == 2
+    assert timing.ratios([2, 20, 2], [1, 10, 1]) == [2, 2, 2]
+    parts = [timed_row([5.0, 5.0, 4.0], eager=10.0, processes=1), timed_row([5.0]), timed_row([2.5], status="suspect")]
+    row = worker.merge(parts)
+    assert row.repeat_ratios == [2, 2, 4] and row.ratio == 2 and row.interval == (2, 4) and row.processes == 3
+    assert row.samples_ms == [5.0, 5.0, 4.0, 5.0, 2.5] and row.median_ms == 5.0
+    failed = parts[1].untimed("failed", "in the timed loop, output: error 3")
+    assert worker.merge([parts[0], failed, parts[2]]) is failed
     assert timing.percentile([1, 2, 3, 4, 5], 20) == pytest.approx(1.8)
+
+
+def test_bandwidth_between_two_measured_sizes() -> None:
+    roof = Ceilings({}, {1 << 15: 60.0, 1 << 22: 92.0, 1 << 24: 54.0, 1 << 27: 25.0})
+    assert roof.bandwidth(1) == roof.bandwidth(1 << 15) == 92.0, "small copies are slow because calls take time"
+    assert roof.bandwidth(1 << 24) == 54.0 and roof.bandwidth(1 << 27) == roof.bandwidth(1 << 30) == 25.0
+    assert roof.bandwidth(67_000_000) == pytest.approx(54 * (25 / 54) ** (2 / 3), rel=0.01)
+    assert Ceilings().bandwidth(1) is None
+
+
+def test_work_in_another_thread_is_timed() -> None:
+    def burn() -> None:
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        assert timing.stopwatch("thread").time(lambda: pool.submit(burn).result()) >= 0.05
+
+
+def test_implementations_do_not_always_follow_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, order = make_case(), []
+    values = gate.values_of(case, torch.float32, "cpu", 0, eager=eager, reference=eager)
+    steps = {}
+    for name in ("eager", "control", "other"):
+        called = lambda x, s, name=name: (order.append(name), eager(x, s))[1]  # noqa: E731
+        steps[name] = gate.Step(case, called, "fwd", tuple(map(gate.copy, values.tensors)), values.dy)
+    samples = timing.interleave(steps, [values], timing.stopwatch("wall"), timing.Effort(0, 30))
+    assert len({len(sample.times) for sample in samples.values()}) == 1
+    rounds = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert all(sorted(names) == sorted(steps) for names in rounds) and len(set(rounds)) == 6
 
 
 def test_eager_against_itself_is_recorded(bench: Callable[..., list[Row]]) -> None:
     row = next(r for r in bench({}, make_case(modes=("train",))) if r.provider == "eager")
     assert row.control_p20 is not None and row.control_p20 <= row.ratio_p80  # type: ignore[operator]
     assert len(row.samples_ms) == len(row.eager_samples_ms) == 3 * 3
-    assert len(row.repeat_ratios) == 3
+    assert len(row.repeat_ratios) == 3 == row.processes
 
 
 def test_peak_memory_counts_what_is_live_at_once() -> None:
@@ -352,7 +391,7 @@ def test_a_run_that_was_killed_continues_where_it_stopped(bench: Callable[..., l
     whole = {row.key for row in bench({}, *cases)}
     (tmp_path / "bench.jsonl").unlink()
     with pytest.raises(KeyboardInterrupt):
-        bench({}, *cases, stop_after=2)
+        bench({}, *cases, stop_after=7)  # two rows, each from three processes
     path = tmp_path / "bench.jsonl"
     kept, problems = results.read(path)
     assert len(kept) == 2 and not problems
@@ -366,15 +405,64 @@ def test_a_run_that_was_killed_continues_where_it_stopped(bench: Callable[..., l
     assert [p.split(": ", 1) for p in problems] == [[f"{path}:3", "not complete JSON (Expecting ':' delimiter at column 21)"]]
 
 
-def test_a_worker_that_dies_leaves_refused_rows(bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) -> None:
-    def dies(*args: Any) -> Iterator[Row]:
-        raise RuntimeError("the process ended with -9: ")
-        yield
+@pytest.mark.parametrize("nth", range(3))
+def test_a_worker_that_dies_leaves_refused_rows(
+    nth: int, bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def dies(*args: Any, rows: Any = worker.rows) -> Iterator[Row]:
+        nonlocal calls
+        calls += 1
+        if calls == nth + 1:
+            raise RuntimeError("the process ended with -9: ")
+        yield from rows(*args)
 
     monkeypatch.setattr(worker, "rows", dies)
     rows = bench({})
     assert {(r.status, r.reason) for r in rows} == {("refused", "the process ended with -9: ")}
     assert [r.mode for r in rows] == ["train", "fwd"]
+
+
+def test_errors_of_the_reference_are_not_the_providers(
+    bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ValueError("Overflow")
+
+    monkeypatch.setattr(gate, "values_of", fails)
+    rows = bench({"dlaccel": module("dlaccel", eager)})
+    assert {(r.status, r.reason) for r in rows} == {("refused", "eager or reference: ValueError: Overflow")}
+    assert cli.exit_code(rows) == cli.NOTHING
+
+
+def test_changed_code_is_measured_again(bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where both trees are the same commit with local changes."""
+    before = bench({}, clock="wall")
+    assert bench({}, resume=True) == before
+    monkeypatch.setattr(results, "sources", lambda: "edited")
+    assert {row.sources for row in bench({}, resume=True)} == {"edited"}
+
+
+def test_a_run_is_timed_as_the_one_it_replaces(bench: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or `compare previous.jsonl results` would refuse them."""
+    monkeypatch.setattr(timing, "clock_and_threads", lambda device: ("wall", 1))
+    bench({})
+    monkeypatch.setattr(timing, "clock_and_threads", lambda device: ("thread", 1))
+    assert {row.clock for row in bench({})} == {"wall"}
+    assert {row.clock for row in bench({}, clock="thread")} == {"thread"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clock": "thread", "threads": 2}, "the thread clock adds up"),
+        ({"threads": 5000}, "this process may use"),
+    ],
+)
+def test_timing_that_makes_no_sense(options: dict[str, Any], message: str, bench: Callable[..., list[Row]]) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench({}, **options)
 
 
 def test_unreadable_lines_are_named(tmp_path: Path) -> None:
@@ -386,7 +474,20 @@ def test_unreadable_lines_are_named(tmp_path: Path) -> None:
         good[:-1] + ', "speed": 1}': "unknown fields speed",
         '{"op": "toy"}': "missing",
         good.replace('"schema": 1', '"schema": 9'): "schema 9",
+        good.replace('"op": "toy"', '"op": ["toy"]'): "op: ",
+        good.replace('"tags": []', '"tags": null'): "tags: ",
+        good.replace('"load": 0.0', '"load": "high"'): "load: 'high' is not float",
+        good.replace('"time_utc": ""', '"time_utc": null'): "time_utc: ",
     }
+    timed = asdict(timed_row([5.0, 5.0, 5.0]))
+    for broken, what in (
+        ({"ratio": None}, "needs median_ms, ratio"), ({"ratio": "1.0"}, "ratio: '1.0' is not float"),
+        ({"median_ms": None}, "needs median_ms, ratio"), ({"ratio": 0}, "above 0"), ({"ratio": -1.0}, "above 0"),
+        ({"ratio": math.nan}, "above 0"), ({"eager_samples_ms": [1.0]}, "as many of eager"),
+        ({"samples_ms": [-1.0] * 3}, "from 0"),
+        ({"repeat_ratios": [0.0]}, "above 0"), ({"samples_ms": 3}, "samples_ms: '3' is not list"),
+    ):  # fmt: skip
+        bad[json.dumps(timed | broken)] = what
     path.write_text("\n".join([good, *bad]))
     rows, problems = results.read(path)
     assert len(rows) == 1
@@ -478,15 +579,42 @@ def test_ctrl_c_in_a_run(tmp_path: Path) -> None:
 
 
 def test_verdicts() -> None:
-    def row(ratio: float, eager_ms: float = 1.0, **more: Any) -> Row:
-        return Row(op="toy", case="c", mode="fwd", dtype="float32", provider="dlaccel", status="passed", tags=["goal"],
-                   samples_ms=[1.0], eager_samples_ms=[eager_ms], median_ms=1.0, ratio=ratio, **more)  # fmt: skip
+    def row(*ratios: float, eager_ms: float = 1.0, **more: Any) -> Row:
+        return timed_row([eager_ms / r for r in ratios or (1,)], eager=eager_ms, tags=["goal"], **more)
 
-    assert [summary.verdict(row(r)) for r in (0.94, 0.95, 1.0, 1.06)] == ["LOSS", "same", "same", "faster"]
+    assert [summary.verdict(row(r)) for r in (0.94, 0.951, 1.0, 1.06)] == ["LOSS", "same", "same", "faster"]
     assert summary.verdict(row(0.5, eager_ms=0.019)) == "overhead"
-    text = summary.text([row(2.0), replace(row(0.5), case="d"), replace(row(9.0), case="e", status="suspect")])
-    assert "dlaccel: toy float32 fwd on cpu: 1.00x over 2 rows" in text
-    assert "Losing rows of dlaccel (ratio below 0.95): 1\n  toy/d" in text
+    # Not where processes disagree, or where eager differs as much from itself.
+    assert [summary.verdict(row(*r)) for r in ((0.9, 0.92, 0.96), (1.1, 1.3, 0.99))] == ["ambiguous", "ambiguous"]
+    quiet, noisy = {"control_p20": 0.98, "control_p80": 1.02}, {"control_p20": 0.88, "control_p80": 1.15}
+    assert [summary.verdict(row(r, **c)) for c in (quiet, noisy) for r in (0.9, 1.1)] == [
+        "LOSS", "faster", "ambiguous", "ambiguous"
+    ]  # fmt: skip
+    more = row(2.0, peak_memory_bytes=120, eager_peak_memory_bytes=100)
+    assert summary.cells(more)[-2:] == ("1.20x", "faster, more memory")
+
+    lost = replace(row(0.9496), case="d")
+    text = summary.text(
+        [row(2.0), lost, replace(row(0.3, eager_ms=0.01), case="e", mode="bwd"), replace(row(0.9, 0.9, 1.0), case="f")]
+    )
+    assert "Losing rows of dlaccel (ratio below 0.95): 1\n  toy/d float32 fwd: 0.9496" in text
+    assert "Below that, but no loss: 2\n  toy/e float32 bwd: 0.30, overhead\n  toy/f float32 fwd: 0.90, ambiguous" in text
+
+
+def test_a_mean_says_of_how_many_rows_it_is() -> None:
+    good = [timed_row([5.0], op="linear_relu", case=str(i), mode="train", tags=["goal"]) for i in range(6)]
+
+    def only(rows: list[Row]) -> tuple[str, str]:
+        (mean,) = summary.geometric_means(rows)
+        return mean.text, mean.of
+
+    assert only(good) == ("2.00x", "6 of 6 rows")
+    assert only(good[:1]) == ("2.00x", "1 of 6 rows"), "the others were not measured"
+    for status in ("failed", "refused"):
+        assert only([*good[:5], good[5].untimed(status, "why")]) == ("no mean", f"5 of 6 rows: 1 {status}")
+    assert only([*good[:5], replace(good[5], status="suspect")]) == ("no mean", "5 of 6 rows: 1 suspect")
+    assert only([*good[:5], replace(good[5], eager_samples_ms=[0.01])]) == ("no mean", "5 of 6 rows: 1 overhead")
+    assert not summary.geometric_means([row.untimed("unavailable", "has no such op") for row in good])
 
 
 def test_a_resumed_run_is_timed_as_it_began(
@@ -495,7 +623,7 @@ def test_a_resumed_run_is_timed_as_it_began(
     """The run itself made the machine busy; timed in another way its rows could not be compared."""
     cases = [make_case("a"), make_case("b")]
     with pytest.raises(KeyboardInterrupt):
-        bench({}, *cases, stop_after=1, clock="wall", threads=2)
+        bench({}, *cases, stop_after=6, clock="wall", threads=2)
     monkeypatch.setattr(timing, "clock_and_threads", lambda device: ("thread", 1))
     resumed = bench({}, *cases, resume=True)
     assert {(row.clock, row.threads) for row in resumed} == {("wall", 2)} and len(resumed) == 4
@@ -513,11 +641,11 @@ def test_what_is_not_here_is_asked_again_only_once_it_is(
     case = make_case(modes=("fwd",))
     bench(foo, case)
     bench(foo, case, resume=True)
-    assert asked == ["24x16"]
+    assert asked == ["24x16"] * 3, "once in each process"
     here[0] = None
     run._available.cache_clear()
     rows = bench(foo, case, resume=True)
-    assert asked == ["24x16"] * 2 and {row.provider: row.status for row in rows} == {"eager": "passed", "foo": "passed"}
+    assert asked == ["24x16"] * 6 and {row.provider: row.status for row in rows} == {"eager": "passed", "foo": "passed"}
     run._available.cache_clear()
 
 
@@ -541,6 +669,31 @@ def test_a_budget_is_shared_by_all_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(1 for _ in run.turns(plan)) == 27
 
 
+def test_bytes_are_the_least_traffic() -> None:
+    """Each input once, each output once; parameters of a channel do not count."""
+    known = families()
+
+    def count(op: str, name: str, mode: str, *tensors: tuple[int, ...]) -> None:
+        case = next(case for case in known[op].CASES if case.name == name)
+        assert case.bytes is not None
+        assert case.bytes(mode, 4) == 4 * sum(map(math.prod, tensors)), (op, mode)
+
+    x, w, y = (128, 784), (512, 784), (128, 512)
+    count("linear_relu", "128x784x512", "fwd", x, w, y)
+    count("linear_relu", "128x784x512", "bwd", x, w, y, y, x, w)
+    count("linear_relu", "128x784x512", "train", x, w, y, x, w, y, y, x, w)
+    x, y = (8, 64, 112, 112), (8, 64, 56, 56)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "fwd", x, y)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "dgrad", y, x)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "wgrad", x, y)
+    count("depthwise_conv2d", "8x64x112 K3 s2", "train", x, y, x, y, x)
+    x, y = (8, 240, 28, 28), (8, 40, 28, 28)
+    count("separable_conv2d", "8x240x28->40 K5", "bwd", x, y, x)
+    x, y = (8, 64, 56, 56), (8, 64, 56, 56)
+    count("batch_norm", "8x64x56x56 relu", "fwd", x, x, y)
+    count("batch_norm", "8x64x56x56 relu", "bwd", x, y, x, y, x)
+
+
 def test_presets_measure_what_matters_first() -> None:
     known = families()
     for device in ("cpu", "cuda"):
@@ -560,7 +713,7 @@ def test_presets_measure_what_matters_first() -> None:
         assert "goal" in cases[0].tags, op
         assert "cpu" not in cuda[op][0].devices, f"{op}: on a GPU its own sizes first"
     seconds = {preset: sum(run.Selection(preset=preset).seconds(known).values()) for preset in run.PRESETS}
-    assert seconds["quick"] < 4 * 60 < seconds["default"] < 40 * 60 < seconds["full"]
+    assert seconds["quick"] < 6 * 60 < seconds["default"] < 50 * 60 < seconds["full"]
 
 
 def test_the_next_process_is_started_in_advance_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,27 +749,46 @@ def test_a_process_that_is_killed_says_so(tmp_path: Path) -> None:
 # ---- compare --------------------------------------------------------------------------------------------------------
 
 
-def timed_row(ms: list[float]) -> Row:
-    ratio = timing.ratio([[10.0] * len(ms)] * 3, [ms] * 3)
-    return replace(
-        BLANK, provider="dlaccel", status="passed", samples_ms=ms * 3, eager_samples_ms=[10.0] * len(ms) * 3, median_ms=ms[0],
-        ratio=ratio.median, repeat_ratios=ratio.repeats, cpu="A", threads=1,
-    )  # fmt: skip
+def timed_row(ms: list[float], eager: float = 10.0, processes: int = 3, **more: Any) -> Row:
+    """One sample a process, or all in one."""
+    paired = timing.ratios([eager] * len(ms), ms)
+    values = {
+        "provider": "dlaccel", "status": "passed", "samples_ms": ms, "eager_samples_ms": [eager] * len(ms),
+        "median_ms": sorted(ms)[len(ms) // 2], "ratio": sorted(paired)[len(ms) // 2], "processes": processes,
+        "repeat_ratios": paired if processes > 1 else [sorted(paired)[len(ms) // 2]], "cpu": "A", "threads": 1,
+    }  # fmt: skip
+    return replace(BLANK, **values | more)
 
 
 @pytest.mark.parametrize(
     ("after", "verdict"),
     [
-        ([5.0, 5.1, 4.9], compare.SAME),
-        ([5.2, 5.1, 5.3], compare.SAME),  # under 5 %
-        ([10.0, 10.1, 9.9], compare.SLOWER),
-        ([2.5, 2.6, 2.4], compare.FASTER),
-        ([6.0, 4.0, 9.0], compare.AMBIGUOUS),  # 17 % slower, but the samples overlap
+        (timed_row([5.0, 5.1, 4.9]), compare.SAME),
+        (timed_row([5.2, 5.1, 5.3]), compare.SAME),  # under 5 %
+        (timed_row([10.0, 10.1, 9.9]), compare.SLOWER),
+        (timed_row([2.5, 2.6, 2.4]), compare.FASTER),
+        (timed_row([6.0, 4.0, 9.0]), compare.AMBIGUOUS),  # 17 % slower, but a process of the second was as fast
+        (timed_row([4.3, 4.3, 4.8]), compare.AMBIGUOUS),  # 16 % faster in two processes, 4 % in the third
+        (timed_row([6.0, 6.0, 6.0], control_p20=0.8, control_p80=1.1), compare.AMBIGUOUS),  # eager differs more from itself
+        (timed_row([4.2, 4.2, 4.2], control_p20=0.9, control_p80=1.3), compare.AMBIGUOUS),
+        (None, compare.MISSING),
     ],
 )
-def test_compare_judges_from_the_samples(after: list[float], verdict: str) -> None:
-    (change,) = compare.compare([timed_row([5.0, 5.1, 4.9])], [timed_row(after)])
+def test_compare_judges_from_the_processes(after: Row | None, verdict: str) -> None:
+    (change,) = compare.compare([timed_row([5.0, 5.1, 4.9])], [after] if after else [])
     assert change.verdict == verdict
+    assert compare.cells(change)[-1] == verdict
+
+
+def test_rows_of_older_versions_are_compared_by_their_pairs() -> None:
+    """They have their repeats from one process and do not say so."""
+    old = json.loads(json.dumps(asdict(timed_row([5.0, 5.1, 4.9], repeat_ratios=[2.0] * 3, ratio_p20=1.8, ratio_p80=2.2))))
+    del old["processes"], old["working_set"], old["sources"]
+    row = results.parse(json.dumps(old))
+    assert row.processes == 1 and row.interval == (1.8, 2.2)
+    assert summary.cells(row)[-1] == "faster"
+    (change,) = compare.compare([row], [timed_row([5.4, 5.4, 5.4])])
+    assert change.verdict == compare.AMBIGUOUS
 
 
 def test_compare_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -638,6 +810,9 @@ def test_compare_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["compare", a, other]) == cli.USAGE
     error = capsys.readouterr().err
     assert "cpu: A in the first, B in the second" in error and "threads: 1 in the first, 2 in the second" in error
+    capsys.readouterr()
+    assert cli.main(["compare", save("two", fast, replace(fast, case="another")), a]) == cli.OK
+    assert re.search(r"toy/another .*MISSING", capsys.readouterr().out)
     assert cli.main(["compare", a, save("none", replace(fast, case="another"))]) == cli.NOTHING
 
     out = ["--out", str(tmp_path)]
@@ -819,9 +994,9 @@ def rows_to_show() -> list[Row]:
     good = replace(
         timed_row([5.0, 5.1, 4.9]), case="fast", tags=["goal"], bytes=10**6, flops=10**7, gbps=20.0, tflops=0.002, p20_ms=4.9,
         p80_ms=5.1, ratio_p20=1.9, ratio_p80=2.1, ceiling_gbps=30.0, ceiling_tflops=0.1, time_utc="2026-01-02T03:04:05+00:00",
-        git_sha="0123456789abcdef", torch="2.x",
+        git_sha="0123456789abcdef", torch="2.x", allocator="tuned",
     )  # fmt: skip
-    lost = replace(good, case="slow <b>", ratio=0.5, mode="train", repeat_ratios=[0.5] * 3)
+    lost = replace(good, case="slow <b>", ratio=0.5, mode="train", repeat_ratios=[0.5] * 3, ratio_p20=0.5, ratio_p80=0.5)
     return [good, lost, replace(BLANK, provider="dlaccel", case="bad", reason="output: error 3", cpu="A")]
 
 
@@ -845,6 +1020,7 @@ def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.Ca
         "second derivative 3: error", "--provider attorch", "no GPU here", "Made on: ", "12.5", "projected",
     ):  # fmt: skip
         assert shown in page, shown
+    assert page.index("<dt>allocator</dt>") < page.index("Goal rows, geometric mean") < page.index("<details>")
     if figures.problem() is None:
         pictures = sorted(p.name for p in (tmp_path / "figures").iterdir())
         assert pictures == ["m0-roofline-float32.png", "m0-speedup-toy-float32.png", "m0-throughput-toy-train.png"]
@@ -855,6 +1031,23 @@ def test_report_is_one_page_that_needs_nothing(tmp_path: Path, capsys: pytest.Ca
             pair for name in ids for pair in ((name, ""), ("", name))
         }  # fmt: skip
     assert "left out: " in capsys.readouterr().err
+
+
+def test_the_roofline_says_at_which_size_a_bandwidth_was_measured() -> None:
+    pytest.importorskip("matplotlib")
+    good = replace(rows_to_show()[0], working_set=67_000_000)
+    figure = figures.roofline([good, replace(good, case="small", working_set=30_000, ceiling_gbps=90.0)], "toy")
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    figures.close(figure)
+    assert labels[1:] == ["30 GB/s at 67 MB, 100 GFLOP/s", "90 GB/s at 0.03 MB, 100 GFLOP/s"]
+
+
+def test_a_cpu_is_told_from_another_of_its_makers() -> None:
+    """A virtual machine's model name may be no more than "AMD EPYC"."""
+    name = results.cpu_name()
+    assert torch.backends.cpu.get_cpu_capability() in name and name.endswith(f", {results.cpus()} CPUs")
+    if "cpu family" in Path("/proc/cpuinfo").read_text():
+        assert re.search(r"\(family \d+, model \d+, stepping \d+, ", name)
 
 
 def test_report_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1252,16 +1445,18 @@ def test_after(i): assert not broken
 
 def test_without_a_repository_the_code_stands_for_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or what was done with other code would count as done."""
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
     monkeypatch.setattr(results, "_output", lambda *command: "")
-    shas = {results.provenance("cpu", threads=1, clock="", precision="", seed=0)["git_sha"]}
-    file = tmp_path / "kernels" / "a.py"
-    file.parent.mkdir()
-    for text in ("a", "b"):
-        file.write_text(text)
-        (tmp_path / "kernels" / f"{text}.json").touch()  # tuned or measured meanwhile
-        shas |= {results.source_hash(tmp_path)}
-    assert len(shas) == 3 and all(re.fullmatch("[0-9a-f]{40}", sha) for sha in shas)
-    assert results.source_hash(tmp_path) in shas
+    monkeypatch.setattr(importlib.import_module("dlaccel.kernels"), "__path__", [str(kernels)])
+    shas = []
+    for text in ("a", "b", "b"):
+        (kernels / "a.py").write_text(text)
+        (kernels / f"{len(shas)}.json").touch()  # tuned or measured meanwhile
+        results.sources.cache_clear()
+        shas.append(results.provenance("cpu", threads=1, clock="", precision="", seed=0)["git_sha"])
+    results.sources.cache_clear()
+    assert shas[0] != shas[1] == shas[2] and all(re.fullmatch("[0-9a-f]{40}", sha) for sha in shas)
 
 
 class FakeCuda:
@@ -1433,6 +1628,8 @@ def test_options_take_several_names_by_comma_or_repeated() -> None:
     [
         (["run", "--op", "linear_rely"], "unknown op 'linear_rely' (did you mean 'linear_relu'?); known: "),
         (["run", "--op", "linear_relu", "--case", "9x9"], "unknown case '9x9'"),
+        (["run", "--case", "9x9"], "more (`list cases`)"),
+        (["run", "--provider", "{named eager}"], "NAME 'eager' is taken"),
         (["run", "--provider", "egaer"], "unknown provider 'egaer' (did you mean 'eager'?); known: dlaccel, eager"),
         (["run", "--mode", "sideways"], "unknown mode 'sideways'; known: fwd, bwd, train, dgrad, wgrad"),
         (["run", "--dtype", "fp8"], "unknown dtype 'fp8'"),
@@ -1452,19 +1649,57 @@ def test_bad_arguments_list_what_is_valid(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("def")
+    (tmp_path / "mine.py").write_text("NAME = 'eager'\nimplementation = available = None")
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "bench.jsonl").write_text("{}")
-    assert cli.main([word.replace("{broken}", "broken.py") for word in arguments]) == cli.USAGE
+    files = {"{broken}": "broken.py", "{named eager}": "mine.py"}
+    assert cli.main([files.get(word, word) for word in arguments]) == cli.USAGE
     assert message in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["bench.jsonl"], "the last run's rows stay where they are"
 
 
-@pytest.mark.parametrize("option", [["--budget", "0"], ["--budget", "-5"], ["--threads", "0"], ["--budget", "soon"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--budget", "0"], ["--budget", "-5"], ["--threads", "0"], ["--budget", "soon"], ["--threads", "5000"], ["--case", ","],
+        ["--seed", "99999999999999999999999"],
+    ],
+)  # fmt: skip
 def test_options_that_make_no_sense(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["run", *option])
     assert stopped.value.code == cli.USAGE
-    assert f"argument {option[0]}: " in capsys.readouterr().err
+    assert f"argument {option[0]}" in capsys.readouterr().err
+
+
+def test_an_exact_name_of_a_case_wins_over_parts_of_names() -> None:
+    def chosen(*names: str) -> list[str]:
+        arguments = [
+            "run",
+            "--op",
+            "depthwise_conv2d",
+            "--device",
+            "cpu",
+            *(word for name in names for word in ("--case", name)),
+        ]
+        return list(cli.selection(cli.parser("run").parse_args(arguments))[0].cases)
+
+    assert chosen("8x128x56 K3") == ["depthwise_conv2d/8x128x56 K3"]
+    assert len(chosen("8x128x56")) > 2
+
+
+def test_termination_ends_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what `run` has started ends with it."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "do_report", lambda args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(10)))
+    assert cli.main(["report"]) == cli.INTERRUPTED
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_unexpected_error_is_no_regression(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "do_report", lambda args: {}["missing"])
+    assert cli.main(["report"]) == cli.UNEXPECTED not in (cli.OK, cli.REGRESSION)
+    assert "KeyError: 'missing'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ImportError("no jinja2")])

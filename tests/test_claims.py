@@ -73,7 +73,7 @@ def test_row_survives_a_file(status: str) -> None:
         ("not_measured", {"reason": ""}, "have a reason"),
         ("not_measured", {"low": 1.0}, "no value, so"),
         ("cited", {"claim": 9}, "claim from 1 to 8"),
-        ("cited", {"status": "guessed"}, "status is none of"),
+        ("cited", {"status": "guessed"}, "status: 'guessed' is not"),
         ("cited", {"schema": 0}, "this version reads schema"),
     ],
 )
@@ -101,13 +101,47 @@ def test_damaged_files_name_the_line(tmp_path: Path) -> None:
     path.parent.mkdir()
     good = row("measured", hardware="gpu", baseline=Baseline(what="it", value=4.0, status="cited"))
     forged = json.loads(dump(good)) | {"ratio": 350}
-    path.write_text("\n".join([dump(good), dump(good)[:-20], json.dumps(forged), '{"colour": 1}', "[]"]) + "\n")
+    wrong = [{"series": [1]}, {"series": {"side": 3}}, {"value": [1]}, {"ratio": [1]}, {"baseline": 3}, {"environment": 1},
+             {"environment": HERE | {"threads": "one"}}, {"quantity": 1}, {"time_utc": None}]  # fmt: skip
+    mistyped = [json.dumps(json.loads(dump(good)) | change) for change in wrong]
+    path.write_text("\n".join([dump(good), dump(good)[:-20], json.dumps(forged), '{"colour": 1}', "[]", *mistyped]) + "\n")
     rows, problems = read(path)
     assert rows == [good]
-    assert [p.split(": ")[0] for p in problems] == [f"{path}:{n}" for n in (2, 3, 4, 5)]
+    assert [p.split(": ")[0] for p in problems] == [f"{path}:{n}" for n in range(2, 6 + len(mistyped))]
     assert "ratio 350 is not value / baseline" in problems[1] and "unknown fields colour" in problems[2]
     with pytest.raises(ValueError, match=r"claims\.jsonl:2"):
         list(recorded(tmp_path))
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("matplotlib")
+    row_of_another_version = row("measured", claim=4, quantity="5x5 product, scalar")
+    assert report.draw([row_of_another_version], tmp_path) == {4: []}
+    monkeypatch.setattr(claim4_operations, "figures", lambda rows, out: rows[0].series["side"])
+    assert report.draw([row_of_another_version], tmp_path) == {}
+    assert "claim 4: no figure of these rows (KeyError: 'side')" in capsys.readouterr().err
+
+
+def test_a_claim_replaces_its_own_rows_only(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "none")
+    path = tmp_path / "claims.jsonl"
+    other = row("cited", claim=2, preset="quick")
+    full, stale = row("cited", claim=4, preset="full"), row("cited", claim=4, preset="quick", quantity="of a version before")
+    gpu = row("measured", claim=4, preset="quick", device="a board", hardware="gpu", environment=HERE | {"device": "cuda"})
+    path.write_text("".join(dump(r) + "\n" for r in (other, full, stale, gpu)))
+    (tmp_path / "claims.html").write_text("old")
+    given = ["--preset", "quick", "--device", "cpu", "--out", str(tmp_path), "--claim", "4"]
+    assert cli.main(arguments(*given)) == 0
+    rows, _ = read(path)
+    assert all(r in rows for r in (other, full, gpu)) and stale not in rows
+    assert sum(r.claim == 4 for r in rows) > 4
+    assert "5x5 product" in (tmp_path / "claims.html").read_text(), "the page follows the rows"
+    assert cli.main(arguments(*given, "--budget", "1e-9")) == 0
+    assert read(path)[0] == rows, "a claim that was not begun keeps its rows"
+    with pytest.raises(SystemExit):
+        arguments("--budget", "-5")
 
 
 def test_only_measurements_on_gpus_are_shown_as_recorded(tmp_path: Path) -> None:
@@ -128,6 +162,7 @@ def test_device_table() -> None:
     assert table["e5_2697v2"]["fp32_tflops"] == pytest.approx(12 * 2.7 * 16 / 1e3)
     assert table["laptop_2015"]["fp32_tflops"] == pytest.approx(2 * 2.7 * 32 / 1e3)
     assert table["laptop_implied"]["fp32_tflops"] == pytest.approx(6.6 / 350, rel=3e-3)
+    assert table["k40"]["fp32_tflops"] == pytest.approx(2880 * 2 * 0.875e9 / 1e12, rel=1e-3)
     assert table["darpa_gpu"]["gbps"] == table["k40"]["gbps"]
 
 
@@ -161,6 +196,32 @@ def test_alexnet_variants_compute_what_they_say() -> None:
         assert not torch.allclose(different, plain, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_alexnet_variants_are_set_against_the_same_iterations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the plain network on a GPU is set against the CPU's."""
+    clock = iter(range(1, 1000))  # iteration by iteration slower, so that other iterations have another median
+    monkeypatch.setattr(claim2_alexnet, "_step", lambda *_: [float(next(clock)), 0.0, 0.0])
+    monkeypatch.setattr(claim2_alexnet, "AlexNet", lambda: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(claim2_alexnet, "training_flops", lambda: 1)
+    monkeypatch.setattr(torch.nn.Linear, "optimizer", lambda self: None, raising=False)
+    machines = [lab.Machine("cpu", "thread", 1)] * (1 if device == "cpu" else 2)
+    monkeypatch.setattr(lab, "machines", lambda _: machines)
+    rows = [r for r in claim2_alexnet.run("quick", device, silent) if r.status == "measured" and r.unit == "images/s"]
+    names = [v.name for v in claim2_alexnet.VARIANTS]
+    assert [r.quantity.split("training, ")[1].rsplit(", ", 1)[0] for r in rows] == names * len(machines)
+    for i, r in enumerate(rows):
+        if i == 0:
+            assert r.baseline is None
+        elif i == len(names):
+            assert r.baseline is not None and r.baseline.what.startswith("this CPU: AlexNet training, fp32, torch ops, 20 x")
+        else:
+            plain, ours = rows[i - i % len(names)], r.series["seconds"]
+            assert r.baseline is not None and not r.baseline.what.startswith("this CPU")
+            if r.baseline.what == claim2_alexnet.PLAIN.name:
+                same = plain.series["seconds"][: len(ours)]
+                assert r.ratio == pytest.approx(lab.Spread(ours).per(1).median / lab.Spread(same).per(1).median)
+
+
 def test_projections_never_pass_their_bound(one_thread: None) -> None:
     rows = list(claim2_alexnet._projections(lab.Notebook(2, "quick")))
     assert len(rows) == 6
@@ -169,6 +230,17 @@ def test_projections_never_pass_their_bound(one_thread: None) -> None:
         flops = claim2_alexnet.training_flops()
         tflops = next(d["fp32_tflops"] for d in lab.devices().values() if d["name"] == projected.device)
         assert projected.low < (projected.value or 0) < projected.high < 1e12 * tflops / flops
+
+
+def test_efficiencies_are_those_of_the_cited_runs() -> None:
+    """All of a peak at the clock that the projected chips are given with: boost, of CPUs the nominal one."""
+    cited = {r.device: r.value or 0 for r in claim2_alexnet._published(lab.Notebook(2, "quick")) if r.unit == "images/s"}
+    flops = claim2_alexnet.training_flops()
+    k40 = cited["Tesla K40, cuDNN"] * flops / (1e12 * lab.devices()["k40"]["fp32_tflops"])
+    titan = cited["TITAN X, cuDNN 5.1"] * flops / (1e12 * lab.devices()["titan_x"]["fp32_tflops"])
+    assert (round(k40, 2), round(titan, 2)) == claim2_alexnet.EFFICIENCY["gpu"]
+    i7 = [value * flops / (6 * 3.5e9 * 32) for device, value in cited.items() if device.startswith("i7-5930K")]
+    assert (round(min(i7), 2), round(max(i7), 2)) == claim2_alexnet.EFFICIENCY["cpu"]
 
 
 def test_products_and_operations_compute_products() -> None:

@@ -96,7 +96,9 @@ def case(
     products = {"fwd": 1, "dgrad": 1, "wgrad": 1, "bwd": 2, "train": 3}
 
     def traffic(mode: str, itemsize: int) -> int:
-        return products[mode] * (x_size + y_size) * itemsize
+        both = 2 * x_size + y_size  # x, dy; dx
+        one = x_size + y_size
+        return {"fwd": one, "dgrad": one, "wgrad": one, "bwd": both, "train": one + both}[mode] * itemsize
 
     def flops(mode: str, itemsize: int) -> int:
         return products[mode] * 2 * y_size * kh * kw

@@ -69,9 +69,12 @@ def case(
     inputs, outputs = n * size * size, n * out * out
 
     def traffic(mode: str, itemsize: int) -> int:
-        # In training, statistics separate the four stages: each result is written once, read for the statistics and read again.
-        forward = c * inputs + (4 * c + 3 * f) * outputs if training else c * inputs + f * outputs
-        return {"fwd": 1, "bwd": 2, "train": 3}[mode] * forward * itemsize
+        # In training the results of the convolutions, d and m, are written as their statistics are summed, and read again.
+        x, d, m, y = c * inputs, c * outputs, f * outputs, f * outputs
+        forward = x + 2 * d + 2 * m + y if training else x + y
+        # m and dy for the sums, again for m's gradient; d, and d's gradient as its sums are added up; both again, x; dx.
+        backward = 2 * (m + y) + 2 * d + 2 * d + 2 * x
+        return {"fwd": forward, "bwd": backward, "train": forward + backward}[mode] * itemsize
 
     def flops(mode: str, itemsize: int) -> int:
         return {"fwd": 1, "bwd": 2, "train": 3}[mode] * 2 * outputs * c * (9 + f)

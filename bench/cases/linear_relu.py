@@ -42,7 +42,7 @@ def case(
         return {"fwd": 2, "bwd": 4, "train": 6}[mode] * m * n * k
 
     def traffic(mode: str, itemsize: int) -> int:
-        forward, backward = m * k + n * k + m * n, 5 * m * n + 2 * (m * k + n * k)
+        forward, backward = m * k + n * k + m * n, 2 * (m * k + n * k + m * n)  # backward: x, w, y, dy; dx, dw
         return {"fwd": forward, "bwd": backward, "train": forward + backward}[mode] * itemsize
 
     return Case(

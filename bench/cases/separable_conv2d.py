@@ -80,9 +80,8 @@ def case(
     inputs, outputs = n * h * w, n * -(-h // stride) * -(-w // stride)
 
     def traffic(mode: str, itemsize: int) -> int:
-        # Inference may be one kernel; training writes and reads the depthwise result, which the gradients need.
-        ends, middle = c * inputs + f * outputs, 2 * mid * outputs
-        return {"fwd": ends, "bwd": 2 * (ends + middle), "train": 3 * (ends + middle)}[mode] * itemsize
+        x, y = c * inputs, f * outputs  # one kernel: the depthwise result need not be stored
+        return {"fwd": x + y, "bwd": 2 * x + y, "train": 3 * x + 2 * y}[mode] * itemsize
 
     def flops(mode: str, itemsize: int) -> int:
         return {"fwd": 1, "bwd": 2, "train": 3}[mode] * 2 * outputs * mid * (k * k + f)

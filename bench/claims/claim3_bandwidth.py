@@ -97,6 +97,4 @@ def _link(book: lab.Notebook, on: lab.Machine) -> Iterator[Row]:
 def figures(rows: Sequence[Row], out: Path) -> list[Path]:
     from dlaccel.bench.claims import plot
 
-    return [
-        plot.bars([r for r in rows if r.unit == "GB/s"], out / "claim3_bandwidth.png", "Memory bandwidth", "GB/s", log=True)
-    ]
+    return [plot.dots([r for r in rows if r.unit == "GB/s"], out / "claim3_bandwidth.png", "Memory bandwidth", "GB/s")]

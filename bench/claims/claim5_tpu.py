@@ -78,4 +78,4 @@ def figures(rows: Sequence[Row], out: Path) -> list[Path]:
     from dlaccel.bench.claims import plot
 
     ratios = [row for row in rows if row.unit == "Gop/s"]
-    return [plot.bars(ratios, out / "claim5_tpu.png", "Precision given up for speed", "10^9 operations a second", log=True)]
+    return [plot.dots(ratios, out / "claim5_tpu.png", "Precision given up for speed", "10^9 operations a second")]

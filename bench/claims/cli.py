@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from dlaccel.bench import summary
 from dlaccel.bench.claims import lab, report
 from dlaccel.bench.claims.row import Row, dump, read, recorded
+from dlaccel.bench.options import positive
 from dlaccel.bench.results import write_whole
 
 OK, USAGE, NOTHING, INTERRUPTED = 0, 2, 4, 130
@@ -26,7 +28,7 @@ examples:
   python -m dlaccel.bench claims --resume --budget 540 --out results/h100     # in steps; each continues the last
   python -m dlaccel.bench claims --resume --report                            # the page again, from what is there
 
-Rows go to DIR/claims.jsonl, figures and claims.html beside it.
+Rows go to DIR/claims.jsonl, figures and claims.html beside it. A claim that is run again replaces its rows, no others.
 exit codes: 0 ok, 2 usage, 4 nothing was measured"""
 FINISHED = "duration of the experiment"  # the last row of a claim, and so the mark that it is complete
 
@@ -48,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument("--report", action="store_true", help="also write DIR/claims.html")
-    parser.add_argument("--resume", action="store_true", help="keep the rows in DIR; run the claims that are not complete")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no claim after this")
+    parser.add_argument("--resume", action="store_true", help="run the claims that are not complete in DIR")
+    parser.add_argument("--budget", type=positive, metavar="SECONDS", help="begin no claim after this")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,12 +60,12 @@ def main(args: argparse.Namespace) -> int:
         print(f"error: --device cuda: {lab.NO_GPU}", file=sys.stderr)
         return USAGE
     try:
-        interrupted = _run(args, path, _kept(path, args))
+        interrupted = _run(args, path, _kept(path))
         rows, _ = read(path)
         others = list(recorded(report.RESULTS))
         figures = report.draw([*rows, *others], args.out)
-        if args.report:
-            page = args.out / "claims.html"
+        page = args.out / "claims.html"
+        if args.report or page.exists():  # one that is there would show other rows
             write_whole(page, report.page(report.render(rows, figures, others)))
             print(f"Report: {page}")
     except (OSError, ValueError) as error:
@@ -76,17 +78,21 @@ def main(args: argparse.Namespace) -> int:
     return OK if any(row.status == "measured" for row in rows) else NOTHING
 
 
-def _kept(path: Path, args: argparse.Namespace) -> list[Row]:
-    """With --resume the rows of complete claims and of other devices or presets; without it none. Rewrites the file so."""
+def _kept(path: Path) -> list[Row]:
+    """The rows that are there; lines that cannot be read leave the file."""
     rows: list[Row] = []
-    if args.resume and path.exists():
+    if path.exists():
         rows, problems = read(path)
         for problem in problems:
             print(f"{problem}: left out", file=sys.stderr)
-        complete = {(row.claim, row.preset) for row in rows if row.quantity == FINISHED}
-        rows = [row for row in rows if (row.claim, row.preset) in complete]
     write_whole(path, "".join(dump(row) + "\n" for row in rows))
     return rows
+
+
+def _without(rows: Sequence[Row], number: int, args: argparse.Namespace) -> list[Row]:
+    """Without the rows that a run of the claim replaces: those of its preset, and of its device if they were measured."""
+    device = args.device
+    return [r for r in rows if (r.claim, r.preset) != (number, args.preset) or r.environment.get("device", device) != device]
 
 
 def _run(args: argparse.Namespace, path: Path, kept: Sequence[Row]) -> bool:
@@ -95,37 +101,43 @@ def _run(args: argparse.Namespace, path: Path, kept: Sequence[Row]) -> bool:
     complete = {
         row.claim
         for row in kept
-        if row.quantity == FINISHED and row.preset == args.preset and row.environment["device"] == args.device
+        if args.resume
+        and row.quantity == FINISHED
+        and row.preset == args.preset
+        and row.environment.get("device") == args.device
     }
-    plan = [number for number in args.claim or known if number not in complete]
+    plan = [number for number in dict.fromkeys(args.claim or known) if number not in complete]
     begin = time.perf_counter()
-    with path.open("a") as file, _bar(len(plan)) as bar:
+    with _bar(len(plan)) as bar:
         for before, number in enumerate(plan):
             module = known[number]
             if args.budget is not None and time.perf_counter() - begin > args.budget:
                 print(f"budget used up; claims {', '.join(map(str, plan[before:]))} are left for --resume", file=sys.stderr)
                 break
             rows: list[Row] = []
+            write_whole(path, "".join(dump(row) + "\n" for row in _without(read(path)[0], number, args)))
             start, cpu = time.perf_counter(), _cpu_seconds()
 
             def progress(note: str, done: float, number: int = number, before: int = before) -> None:
                 bar(f"claim {number}: {note}", before + done)
 
-            def write(row: Row) -> None:
-                file.write(dump(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            with path.open("a") as file:
 
-            try:
-                for row in module.run(args.preset, args.device, progress):
-                    write(row)
-                    rows.append(row)
-                book, note = lab.Notebook(number, args.preset), f"{_cpu_seconds() - cpu:.1f} s of CPU time"
-                seconds = time.perf_counter() - start
-                rows.append(book.measured(rows[0].id, FINISHED, seconds, "s", lab.machine(args.device), note=note))
-                write(rows[-1])
-            except KeyboardInterrupt:
-                return True
+                def write(row: Row, file: TextIO = file) -> None:
+                    file.write(dump(row) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+
+                try:
+                    for row in module.run(args.preset, args.device, progress):
+                        write(row)
+                        rows.append(row)
+                    book, note = lab.Notebook(number, args.preset), f"{_cpu_seconds() - cpu:.1f} s of CPU time"
+                    seconds = time.perf_counter() - start
+                    rows.append(book.measured(rows[0].id, FINISHED, seconds, "s", lab.machine(args.device), note=note))
+                    write(rows[-1])
+                except KeyboardInterrupt:
+                    return True
             _print(report.text(module, rows))
     return False
 

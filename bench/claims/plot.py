@@ -1,4 +1,4 @@
-"""Figures from rows. Measured: solid and coloured; cited: grey; projected: hatched. No figure of two kinds without a legend."""
+"""Figures from rows. Measured: coloured; cited: grey; projected: hollow. No figure of two kinds without a legend."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dlaccel.bench.claims.lab import readable
 from dlaccel.bench.claims.row import Row, Status
 
 STYLE: dict[Status, dict[str, Any]] = {
-    "measured": {"facecolor": "#0b6e99", "edgecolor": "#0b6e99"},
-    "cited": {"facecolor": "#b5b5b5", "edgecolor": "#8a8a8a"},
-    "projected": {"facecolor": "white", "edgecolor": "#8a8a8a", "hatch": "////"},
+    "measured": {"markerfacecolor": "#0b6e99", "markeredgecolor": "#0b6e99"},
+    "cited": {"markerfacecolor": "#b5b5b5", "markeredgecolor": "#8a8a8a"},
+    "projected": {"markerfacecolor": "white", "markeredgecolor": "#6f6f6f"},
 }
 
 
@@ -43,28 +43,29 @@ def label(row: Row) -> str:
     return f"{row.quantity}\n{where}"
 
 
-def bars(rows: Sequence[Row], path: Path, title: str, unit: str, log: bool = False, name: Callable[[Row], str] = label) -> Path:
-    """One horizontal bar a row, with its number."""
-    from matplotlib.patches import Patch
+def dots(rows: Sequence[Row], path: Path, title: str, unit: str, name: Callable[[Row], str] = label) -> Path:
+    """One dot a row on a logarithmic axis, where bars would have no length to compare, with its number."""
+    from matplotlib.lines import Line2D
 
     rows = sorted((row for row in rows if row.value is not None), key=lambda row: row.value or 0)
     with figure(path, 9, 1.1 + 0.42 * len(rows)) as (_, ax):
         for y, row in enumerate(rows):
             value = row.value or 0
-            ax.barh(y, value, height=0.7, **STYLE[row.status])
             if row.low is not None and row.high is not None:
                 ax.plot([row.low, row.high], [y, y], color="black", lw=1, marker="|", ms=5)
+            ax.plot(value, y, marker="o", ms=7, ls="", **STYLE[row.status])
             shown = readable(value)
             if row.status != "measured" and row.low is not None and row.high is not None:
                 shown = f"{readable(row.low)} to {readable(row.high)}"
             mark = " projected" if row.status == "projected" else ""
-            ax.annotate(f" {shown}{mark}", (max(value, row.high or 0), y), va="center", fontsize=8)
+            ax.annotate(f"   {shown}{mark}", (max(value, row.high or 0), y), va="center", fontsize=8)
         ax.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7)
-        if log:
-            ax.set_xscale("log")
+        ax.set_xscale("log")
+        ax.grid(axis="x", alpha=0.3)
         ax.margins(x=0.25)
         ax.set_xlabel(unit)
         ax.set_title(title, fontsize=11)
         kinds = [kind for kind in STYLE if any(row.status == kind for row in rows)]
-        ax.legend([Patch(**STYLE[kind]) for kind in kinds], kinds, loc="lower right", fontsize=8)
+        handles = [Line2D([], [], marker="o", ls="", **STYLE[kind]) for kind in kinds]
+        ax.legend(handles, kinds, loc="lower right", fontsize=8)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import pkgutil
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -41,7 +42,10 @@ def draw(rows: Sequence[Row], out: Path) -> dict[int, list[Path]]:
     figures = {}
     for number, module in modules().items():
         if mine := [row for row in rows if row.claim == number]:
-            figures[number] = module.figures(mine, out)
+            try:
+                figures[number] = module.figures(mine, out)
+            except (LookupError, TypeError, ValueError) as error:  # rows of a damaged or of another version's file
+                print(f"claim {number}: no figure of these rows ({type(error).__name__}: {error})", file=sys.stderr)
     return figures
 
 
@@ -90,7 +94,11 @@ def _glance(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if row.claim == number and row.value is not None]
         firsts = (next((row for row in mine if row.quantity.startswith(start)), None) for start in module.HEADLINES)
         heads = [row for row in firsts if row is not None]
-        numbers = "".join(f"<li>{escape(row.quantity)}: <b>{value(row)}</b> {_badge(row.status)}</li>" for row in heads)
+        numbers = "".join(
+            f"<li>{escape(row.quantity)}: <b>{value(row)}</b>{escape(f', {against(row)}' if row.ratio else '')} "
+            f"{_badge(row.status)}</li>"
+            for row in heads
+        )
         if heads:
             lines.append(
                 f'<tr><th scope="row"><a href="#claim-{number}">{number}. {escape(module.TITLE)}</a></th>'

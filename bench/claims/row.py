@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dlaccel.bench.results import check_types
+
 SCHEMA = 1
 CLAIMS = range(1, 9)
 Status = Literal["measured", "cited", "projected", "not_measured"]
@@ -33,7 +35,8 @@ class Baseline:
     status: Status
 
     def __post_init__(self) -> None:
-        if self.status not in STATUSES or self.status == "not_measured":
+        check_types(self)
+        if self.status == "not_measured":
             raise ValueError(f"baseline {self.what!r}: status {self.status!r} holds no number")
         if not self.value > 0:
             raise ValueError(f"baseline {self.what!r}: {self.value} cannot be divided by")
@@ -66,6 +69,7 @@ class Row:
     time_utc: str = ""
 
     def __post_init__(self) -> None:
+        check_types(self)
         problem = self._problem()
         if problem:
             raise ValueError(f"{self.status} row {self.quantity!r}: {problem}")
@@ -75,8 +79,6 @@ class Row:
             return f"schema {self.schema}; this version reads schema {SCHEMA}"
         if self.claim not in CLAIMS or not self.quantity or self.id[:1] not in ("H", "A"):
             return "needs a claim from 1 to 8, the id of a statement and a quantity"
-        if self.status not in STATUSES:
-            return f"status is none of {', '.join(STATUSES)}"
         if not self.source:
             return "needs a source"
         if (self.value is None) != (self.status == "not_measured"):
@@ -89,6 +91,8 @@ class Row:
             return "exactly the measured rows carry the environment they were measured in"
         if self.status == "measured" and (missing := {"cpu", "threads", "load"} - self.environment.keys()):
             return f"environment lacks {', '.join(sorted(missing))}"
+        if self.status == "measured" and not isinstance(self.environment["threads"], int):
+            return f"environment has {self.environment['threads']!r} threads"
         if self.status == "projected" and not self.formula:
             return "needs its formula"
         if (self.status == "not_measured") != bool(self.reason):
@@ -134,17 +138,14 @@ def parse(line: str) -> Row:
         raise ValueError(f"unknown fields {', '.join(unknown)}")
     for name in ("value", "low", "high"):
         values[name] = _number(values.get(name))
-    values["series"] = {name: [_number(v) for v in numbers] for name, numbers in values.get("series", {}).items()}
     try:
+        values["series"] = {name: [_number(v) for v in numbers] for name, numbers in dict(values.get("series", {})).items()}
         values["baseline"] = Baseline(**values["baseline"]) if values.get("baseline") else None
         row = Row(**values)
+        same = row.ratio is None or math.isclose(row.ratio, _number(ratio) or math.nan, rel_tol=1e-6)
     except TypeError as error:
         raise ValueError(str(error).replace("Row.__init__() ", "")) from None
-    if (
-        row.ratio is not None
-        and not math.isclose(row.ratio, _number(ratio) or math.nan, rel_tol=1e-6)
-        and math.isfinite(row.ratio)
-    ):
+    if not same and row.ratio is not None and math.isfinite(row.ratio):
         raise ValueError(f"{row.quantity!r}: ratio {ratio} is not value / baseline")
     return row
 
