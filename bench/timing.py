@@ -3,9 +3,8 @@
 In each round every implementation runs once on the same freshly written inputs, in random order, and eager a second time as
 the control. So sample i of an implementation has a sample of eager taken next to it, under the same load, and their ratio means
 something even where neither time does. The ratio of a repeat is the median of its paired ratios; a row has three repeats, each
-in a process of its own (on a GPU one does them all), because what a process happens to get (addresses, pages, cores) is the same
-for all its pairs. The
-median of the three counts.
+in a process of its own, because what a process happens to get (addresses, pages, cores) is the same for all its pairs. The
+median of the three counts. On a GPU one process makes them all.
 
 On the CPU a quiet machine is timed with all its cores by the wall clock, a busy one with one thread by its CPU time. That is
 read from the clock of the whole process: work that an implementation hands to another thread counts.

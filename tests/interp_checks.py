@@ -17,8 +17,8 @@ and computes bfloat16 correctly. Triton's own interpreter (3.6 to 3.9) does bflo
 instead of rounding, and cannot make constants. Sums are rounded at every step, in float16 too, as on a GPU.
 
 Not seen: hazards inside one program (shared memory, a load of what another lane stored), TF32 rounding, hints that lie
-(`tl.multiple_of`), anything a compiler does: tests/ptx runs what it compiles. Two programs storing the same value into one element are reported too; a kernel
-that does so on purpose is run with races=False.
+(`tl.multiple_of`), anything a compiler does: tests/ptx runs what it compiles. Two programs storing the same value into one
+element are reported too; a kernel that does so on purpose is run with races=False.
 
 It patches private names of `triton.runtime.interpreter`. test_interp_checks.py runs one kernel per rule on every supported
 Triton, so that a name that moved fails a test instead of blinding all others.
