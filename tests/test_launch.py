@@ -277,3 +277,15 @@ def _alive_after_a_call(op: str) -> tuple[int, int]:
 def test_launchers_keep_no_tensor_alive(op: str, compiled: Any) -> None:
     given, alive = compiled(_alive_after_a_call, op)
     assert given > 0 and alive == 0
+
+
+@pytest.mark.parametrize("grid, fits", [((2**31 - 1,), True), ((2**31,), False), ((1, 65536), False), ((65536, 32768), False)])
+def test_a_grid_that_would_start_nothing_is_refused(grid: tuple[int, ...], fits: bool) -> None:
+    """Triton's launcher multiplies the axes in 32 bits, and starts nothing where the product is not positive."""
+    from dlaccel.kernels.launch import Prepared
+
+    if fits:
+        Prepared(scale_kernel, grid)
+    else:
+        with pytest.raises(RuntimeError, match="scale_kernel: a grid of"):
+            Prepared(scale_kernel, grid)

@@ -185,6 +185,21 @@ def test_both_passes_in_one_launch(channels_last: bool) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+@triton.jit
+def count(out, rows, S):
+    tl.store(out, batch_norm.values_in(rows, S))
+
+
+@pytest.mark.parametrize("rows, size, vec", [(2**20, 2**13, 16), (1, 2**31 + 16, 1)])
+def test_batch_norm_counts_beyond_32_bits(rows: int, size: int, vec: int) -> None:
+    """The values of a channel; and where its rows are as long, the kernels multiply no size by `vec`."""
+    out = torch.zeros(1, dtype=torch.int64)
+    run(Launch(count, (1,), (out, rows, size), {}), "sm_90")
+    assert out.item() == rows * size
+    x = torch.empty(rows, 1 if rows == 1 else 2, size, device="meta")
+    assert batch_norm.Walk.of(x.shape, x.stride(), x.stride()).vec == vec
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_separable_conv_in_one_kernel(dtype: torch.dtype) -> None:
     x, w, p = (
