@@ -259,9 +259,8 @@ def folded_block(
     pairs = []
     for name, weight, bn in (("bn1", depthwise_weight, bn1), ("bn2", pointwise_weight, bn2)):
         scale, shift, mean, var, _ = bn
-        prefix = f"depthwise_separable_block: {name}_"
         if mean is None or var is None:
-            raise RuntimeError(f"{prefix}running_mean and {name}_running_var: expected both in evaluation, got None")
-        check_vectors(prefix, weight, weight.shape[0], bn[:4])
+            raise RuntimeError("depthwise_separable_block: running_mean and running_var: expected both in evaluation, got None")
+        check_vectors(f"depthwise_separable_block: {name}_", weight, weight.shape[0], bn[:4])
         pairs.append(folded(weight, scale, shift, mean, var, eps))
     return convolved(input, *pairs[0], *pairs[1], stride, padding, dilation, activation)
