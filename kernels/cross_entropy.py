@@ -59,24 +59,32 @@ def _warps(target: Target, elements: int) -> int:
 def tile_config(target: Target, dtype: torch.dtype, C: int, whole: bool, along_classes: bool) -> Config:
     """The tile of the kernels that go over rows. whole: the tile holds all classes."""
     if target.interpreted:
-        return {"BLOCK_R": 16, "BLOCK_C": power_of_two(C, 1, 1 << 20) if whole else 32}
+        return {"BLOCK_R": 16, "BLOCK_C": power_of_two(C, 1, 1 << 20) if whole else 32, "TILES": 1 if whole else 2}
     if not whole and along_classes:  # one row, read in steps
         block = power_of_two(C, 1024, 8192)
-        return {"BLOCK_R": 1, "BLOCK_C": block, "num_warps": _warps(target, block)}
+        return _row(block, max(block // 2048, 1), _warps(target, block))
     if not whole:
-        return {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 4}
+        return {"BLOCK_R": 64, "BLOCK_C": 32, "TILES": 1, "num_warps": 4}
     block = power_of_two(C, 1, WHOLE_WITH_GRADIENT)
-    if along_classes:
-        return {"BLOCK_R": max(2048 // block, 1), "BLOCK_C": block, "num_warps": _warps(target, block)}
-    rows = max(min(2048 // block, 128), 16)
-    return {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": _warps(target, rows * block)}
+    rows = max(2048 // block, 1) if along_classes else max(min(2048 // block, 128), 16)
+    return {"BLOCK_R": rows, "BLOCK_C": block, "TILES": 1, "num_warps": _warps(target, rows * block)}
+
+
+def _one_tile(tile: Config) -> Config:
+    """For kernels that take one tile at a time."""
+    return {name: value for name, value in tile.items() if name != "TILES"}
+
+
+def _row(block: int, tiles: int, warps: int) -> Config:
+    """`block` classes a step, as so many tiles: a lane rescales its sum once for one element of each."""
+    return {"BLOCK_R": 1, "BLOCK_C": block // tiles, "TILES": tiles, "num_warps": warps}
 
 
 @config.choice("cross_entropy.prob")
 def prob_config(target: Target, dtype: torch.dtype, C: int, along_classes: bool) -> Config:
     """The tile of the forward kernel for probabilities, which goes over the classes in steps and keeps four sums a lane."""
     if target.interpreted or not along_classes or C <= 1024:
-        return tile_config.static(target, dtype, C, C <= WHOLE, along_classes)
+        return _one_tile(tile_config.static(target, dtype, C, C <= WHOLE, along_classes))
     return {"BLOCK_R": 1, "BLOCK_C": 2048, "num_warps": 4}
 
 
@@ -84,11 +92,11 @@ def prob_config(target: Target, dtype: torch.dtype, C: int, along_classes: bool)
 def slices_config(target: Target, dtype: torch.dtype, R: int, C: int) -> Config:
     """Few rows, many classes: each row is divided among SLICES programs."""
     if target.interpreted:
-        return {"SLICES": 4 if C > 64 else 1, "BLOCK_C": 32}
+        return {"SLICES": 4 if C > 64 else 1, "BLOCK_C": 16, "TILES": 2}
     block = power_of_two(C, 1024, 4096)
     wanted = cdiv(4 * target.sms, max(R, 1))
     slices = power_of_two(wanted, 1, 64) if 2 * target.sms > R else 1
-    return {"SLICES": min(slices, power_of_two(cdiv(C, block), 1, 64)), "BLOCK_C": block, "num_warps": 4}
+    return {"SLICES": min(slices, power_of_two(cdiv(C, block), 1, 64)), "BLOCK_C": 1024, "TILES": block // 1024, "num_warps": 4}
 
 
 @config.choice("cross_entropy.backward")
@@ -111,12 +119,12 @@ def tile_candidates(target: Target, dtype: torch.dtype, C: int, whole: bool, alo
         rows, classes = chosen["BLOCK_R"], chosen["BLOCK_C"]
         most = 1024 // target.warp
         offered = [(n, classes, warps) for n in (rows, 2 * rows, max(rows // 2, 1)) for warps in (4, 8, 16)]
-        return _tiles(
-            *[t for t in offered if _warps(target, t[0] * classes) <= t[2] <= min(most, t[0] * classes // target.warp)]
-        )
+        fitting = [t for t in offered if _warps(target, t[0] * classes) <= t[2] <= min(most, t[0] * classes // target.warp)]
+        return [tile | {"TILES": 1} for tile in _tiles(*fitting)]
     if along_classes:
-        return _tiles((1, 1024, 4), (1, 2048, 4), (1, 4096, 4), (1, 4096, 8), (1, 8192, 16 if target.warp == 32 else 8))
-    return _tiles((32, 32, 4), (64, 16, 4), (128, 16, 4), (128, 32, 8), (64, 64, 8))
+        steps = [(4096, 2, 4), (4096, 4, 4), (8192, 2, 16 if target.warp == 32 else 8), (16384, 8, 8), (16384, 4, 16)]
+        return [_row(1024, 1, 4), *(_row(*step) for step in steps if step[2] * target.warp <= 1024)]
+    return [tile | {"TILES": 1} for tile in _tiles((32, 32, 4), (64, 16, 4), (128, 16, 4), (128, 32, 8), (64, 64, 8))]
 
 
 def prob_candidates(target: Target, dtype: torch.dtype, C: int, along_classes: bool) -> list[Config]:
@@ -127,9 +135,10 @@ def prob_candidates(target: Target, dtype: torch.dtype, C: int, along_classes: b
 
 def slices_candidates(target: Target, dtype: torch.dtype, R: int, C: int) -> list[Config]:
     chosen = slices_config.static(target, dtype, R, C)
-    slices, block = chosen["SLICES"], chosen["BLOCK_C"]
-    offered = [(2 * slices, block, 4), (slices // 2, block, 4), (slices, 1024, 4), (slices, 4096, 8), (2 * slices, 1024, 4)]
-    return [{"SLICES": n, "BLOCK_C": c, "num_warps": warps} for n, c, warps in offered if 1 <= n <= 64]
+    slices, tiles = chosen["SLICES"], chosen["TILES"]
+    offered = [(2 * slices, 1024, tiles, 4), (slices // 2, 1024, tiles, 4), (slices, 1024, 1, 4), (slices, 2048, 2, 8),
+               (slices, 1024, 8, 4), (2 * slices, 1024, 1, 4)]  # fmt: skip
+    return [{"SLICES": n, "BLOCK_C": c, "TILES": k, "num_warps": warps} for n, c, k, warps in offered if 1 <= n <= 64]
 
 
 def backward_candidates(target: Target, dtype: torch.dtype, C: int, along_classes: bool) -> list[Config]:
@@ -163,11 +172,35 @@ def tile_at(start, tensor, stride_c, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def tiles_at(start, tensor, stride_c, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+    """The same of TILES tiles, one after another: (TILES, BLOCK_C) classes."""
+    c = start + tl.arange(0, TILES)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return c, tensor[:, None, None] + c.to(tl.int64)[None, :, :] * stride_c
+
+
+@triton.jit
 def class_weights(weight, c, C, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """(1, BLOCK_C), 0 outside."""
-    if HAS_WEIGHT:
-        return tl.load(weight + c, mask=c < C, other=0.0).to(ACC)[None, :]
-    return tl.where(c < C, 1.0, 0.0).to(ACC)[None, :]
+    """Of the classes, for any row; 0 outside."""
+    w = tl.load(weight + c, mask=c < C, other=0.0) if HAS_WEIGHT else tl.where(c < C, 1.0, 0.0)
+    return tl.expand_dims(w.to(ACC), 0)
+
+
+@triton.jit
+def absorb_tiles(v, m, s):
+    """The lanes' maximum m and sum s of exp(x - m), with tiles v (rows, tiles, lanes) taken in; -inf and NaN as in a sum of
+    exponentials. One exponential an element, and one a lane for what is there; see absorb for one tile."""
+    top = tl.max(v, 1)
+    top = tl.where(top > m, top, m)
+    base = tl.where(top == -INF, 0.0, top)
+    return top, s * tl.exp2((m - base) * LOG2_E) + tl.sum(tl.exp2((v - base[:, None, :]) * LOG2_E), 1)
+
+
+@triton.jit
+def absorb_tiles_weighted(u, v, inside, m_before, m, a, seen):
+    """The lanes' sum a of u (x - m) and sum of u, with tiles u and v taken in after m_before became m."""
+    a = tl.where(m_before == -INF, a, a - seen * (m - m_before))
+    z = tl.where(v == -INF, -INF, v - m[:, None, :])
+    return a + tl.sum(tl.where(inside, u * z, 0.0), 1), seen + tl.sum(u, 1)
 
 
 @triton.jit
@@ -252,7 +285,8 @@ def index_gradient(e, scale, t, counts, known, w, w_t, s, total, c, C, EPS: tl.c
 def cross_entropy_kernel(
     x, target, weight, divisor, parts, loss, partial, statistics, dx,
     C, L, stride_xn, stride_xc, stride_xl, stride_dn, stride_dc, stride_dl, R, blocks, ignore_index,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr, ALIGN: tl.constexpr,
     WHOLE: tl.constexpr, SLICED: tl.constexpr, HAS_WEIGHT: tl.constexpr, EPS: tl.constexpr, REDUCE: tl.constexpr,
     SAVE: tl.constexpr, GRADIENT: tl.constexpr, DIVIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -281,7 +315,7 @@ def cross_entropy_kernel(
             w = class_weights(weight, c, C, HAS_WEIGHT, ACC)
             a, seen = absorb_weighted(w, v, inside, m, v, a, seen)
         m, s = v, s + 1.0
-    else:
+    elif TILES == 1:
         for start in range(0, C, BLOCK_C):
             c, pointers = tile_at(start, x_row, stride_xc * ALIGN_L, BLOCK_C)
             inside = exists[:, None] & (c < C)[None, :]
@@ -291,6 +325,16 @@ def cross_entropy_kernel(
             if EPS > 0:
                 w = class_weights(weight, c, C, HAS_WEIGHT, ACC)
                 a, seen = absorb_weighted(w, v, inside, before, m, a, seen)
+    else:
+        for start in range(0, C, TILES * BLOCK_C):
+            c, pointers = tiles_at(start, x_row, stride_xc * ALIGN_L, BLOCK_C, TILES)
+            inside = exists[:, None, None] & (c < C)[None, :, :]
+            v = tl.load(pointers, mask=inside, other=-INF).to(ACC)
+            before = m
+            m, s = absorb_tiles(v, m, s)
+            if EPS > 0:
+                w = class_weights(weight, c, C, HAS_WEIGHT, ACC)
+                a, seen = absorb_tiles_weighted(w, v, inside, before, m, a, seen)
     top, sum_row = combine(m, s)
     a_row, w_row = top, top
     if EPS > 0:
@@ -349,8 +393,8 @@ def cross_entropy_backward_kernel(
 @triton.jit
 def slice_kernel(
     x, weight, parts, C, stride_xn, stride_xc,
-    SLICES: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, HAS_WEIGHT: tl.constexpr, EPS: tl.constexpr,
-    ACC: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum and, for smoothed labels, weighted sums of a slice of one row: parts (R, 4, SLICES)."""
     C = C * ALIGN
@@ -358,15 +402,15 @@ def slice_kernel(
     x_row = x + row * (stride_xn * ALIGN) + tl.full((1,), 0, tl.int64)
     m, s = tl.full((1, BLOCK_C), -INF, ACC), tl.full((1, BLOCK_C), 0, ACC)
     a, seen = tl.full((1, BLOCK_C), 0, ACC), tl.full((1, BLOCK_C), 0, ACC)
-    for start in range(tl.program_id(1) * BLOCK_C, C, SLICES * BLOCK_C):
-        c, pointers = tile_at(start, x_row, stride_xc, BLOCK_C)
-        inside = (c < C)[None, :]
+    for start in range(tl.program_id(1) * (TILES * BLOCK_C), C, SLICES * TILES * BLOCK_C):
+        c, pointers = tiles_at(start, x_row, stride_xc, BLOCK_C, TILES)
+        inside = (c < C)[None, :, :]
         v = tl.load(pointers, mask=inside, other=-INF).to(ACC)
         before = m
-        m, s = absorb(v, m, s)
+        m, s = absorb_tiles(v, m, s)
         if EPS > 0:
             w = class_weights(weight, c, C, HAS_WEIGHT, ACC)
-            a, seen = absorb_weighted(w, v, inside, before, m, a, seen)
+            a, seen = absorb_tiles_weighted(w, v, inside, before, m, a, seen)
     top, sum_ = combine(m, s)
     a_row, w_row = top, top
     if EPS > 0:
@@ -702,7 +746,7 @@ def _forward_plan(
                 slice_kernel, (rows, sliced["SLICES"]), classes, stride_row, stride_c,
                 ALIGN=align["ALIGN"], **constants, **sliced,
             )  # fmt: skip
-            chosen = {"BLOCK_R": 8, "BLOCK_C": sliced["SLICES"], "num_warps": 4}
+            chosen = {"BLOCK_R": 8, "BLOCK_C": sliced["SLICES"], "TILES": 1, "num_warps": 4}
     blocks = cdiv(L, chosen["BLOCK_R"])
     align, sizes = _aligned(planes[0], planes[-1])
     losses = Prepared(
@@ -762,7 +806,7 @@ def _backward_plan(
 def _backward_tile(device: torch.device, dtype: torch.dtype, C: int, along_classes: bool, whole: bool) -> tuple[Config, int]:
     """(configuration, programs over the classes)."""
     if whole:
-        return tile_config(device, dtype, C, True, along_classes), 1
+        return _one_tile(tile_config(device, dtype, C, True, along_classes)), 1
     chosen = backward_config(device, dtype, C, along_classes)
     return chosen, cdiv(C, chosen["BLOCK_C"])
 

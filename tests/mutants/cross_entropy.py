@@ -21,14 +21,29 @@ MUTANTS = [
     Mutant(
         "weighted sum not moved to the new maximum",
         KERNELS,
-        "tl.where(m_before == -INF, a, a - seen * (m - m_before))",
-        "tl.where(m_before == -INF, a, a)",
+        "a - seen * (m - m_before))\n    z = tl.where(v == -INF, -INF, v - m)",
+        "a)\n    z = tl.where(v == -INF, -INF, v - m)",
     ),
+    Mutant(
+        "tiles: weighted sum not moved to the new maximum",
+        KERNELS,
+        "a - seen * (m - m_before))\n    z = tl.where(v == -INF, -INF, v - m[:",
+        "a)\n    z = tl.where(v == -INF, -INF, v - m[:",
+    ),
+    Mutant("tiles: sum not rescaled at a new maximum", KERNELS, "s * tl.exp2((m - base) * LOG2_E) + tl.sum", "s + tl.sum"),
+    Mutant(
+        "tiles: -inf meets a running maximum of -inf",
+        KERNELS,
+        "base = tl.where(top == -INF, 0.0, top)",
+        "base = top",
+    ),
+    Mutant("tiles: the maximum is forgotten", KERNELS, "top = tl.where(top > m, top, m)", "top = tl.where(top > m, top, top)"),
+    Mutant("tiles: some classes twice", KERNELS, "tl.arange(0, TILES)[:, None] * BLOCK_C", "tl.arange(0, TILES)[:, None]"),
     Mutant(
         "tail of the row read by the slices",
         KERNELS,
-        "inside = (c < C)[None, :]\n        v =",
-        "inside = (c < C + 1)[None, :]\n        v =",
+        "inside = (c < C)[None, :, :]\n        v =",
+        "inside = (c < C + 1)[None, :, :]\n        v =",
     ),
     Mutant(
         "last row stored twice", KERNELS, "return n, position, position < L, n * L", "return n, position, position <= L, n * L"
