@@ -12,6 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from dlaccel.bench.compile import Report
 from dlaccel.bench.inspect import ROOT, Inspected, Selection, gpu_cases, inspect
 
@@ -29,9 +31,14 @@ def selection(op: str, targets: Sequence[str]) -> Selection:
 def compiled(ops: Sequence[str], targets: Sequence[str], processes: int | None = None) -> dict[str, Inspected]:
     """The fixed list of these ops, compiled, by key; the first of launches that share one."""
     found: dict[str, Inspected] = {}
-    for op in ops:
-        for one in inspect(selection(op, targets), processes):
-            found.setdefault(f"{one.report.target} {key(one)}", one)
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "tf32"  # torch's default, which decides what is launched
+    try:
+        for op in ops:
+            for one in inspect(selection(op, targets), processes):
+                found.setdefault(f"{one.report.target} {key(one)}", one)
+    finally:
+        conv.fp32_precision = before
     return found
 
 

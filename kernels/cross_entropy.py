@@ -20,7 +20,8 @@ Least traffic, e bytes a logit: forward R C e, backward 2 R C e, and 8 to 24 byt
 A row with a target out of range has loss and gradient NaN, and nothing is read for it; an ignored row has gradient 0 whatever
 it holds. Sums over rows are taken in a fixed order: results repeat bitwise.
 
-Sources: running maximum and sum after Milakov and Gimelshein, arXiv 1805.02867, with one exponential a logit.
+Sources: running maximum and sum after Milakov and Gimelshein, arXiv 1805.02867, with one exponential a logit, or rescaled once
+for some logits.
 """
 
 from __future__ import annotations
