@@ -34,7 +34,9 @@ if not torch.cuda.is_available():
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dlaccel-tests-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 torch.set_num_threads(1)
-torch.backends.cudnn.conv.fp32_precision = "ieee"  # cuDNN's default is TF32, which no tolerance here allows for
+# cuDNN's default is TF32, which no tolerance here allows for. The older switch: torch.export reads it, and with the newer ones
+# set to "ieee" that is an error.
+torch.backends.cudnn.allow_tf32 = False
 
 if importlib.util.find_spec("expecttest") is None:  # torch's own test helpers import it and, as used here, do not need it
     shim = types.ModuleType("expecttest")

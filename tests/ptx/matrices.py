@@ -27,8 +27,7 @@ def load(i: Instruction) -> Step:
 
     def run(x: Machine, mask: Mask) -> None:
         who = x.active(i, mask)
-        x.whole_warps(who)
-        warps = np.arange(x.n // 32) if who is None else np.flatnonzero(who.reshape(-1, 32).any(1))
+        warps = _warps(x, who)
         rows = _rows(x, source, len(registers))[warps]
         words = np.stack(x.shared.load(rows.ravel(), 8, 2), -1)
         x.shared.note_read(rows.ravel() - SHARED, 16, np.repeat(warps, rows[0].size))
@@ -48,17 +47,22 @@ def store(i: Instruction) -> Step:
     registers, transposed = names(source), "trans" in i.parts
 
     def run(x: Machine, mask: Mask) -> None:
-        if x.active(i, mask) is not None:
-            raise unknown(i)
-        rows = _rows(x, to, len(registers))
-        pairs = np.stack([x.spread(x.read(name, "b32")).reshape(-1, 8, 4) for name in registers], 1)
+        warps = _warps(x, x.active(i, mask))
+        rows = _rows(x, to, len(registers))[warps]
+        pairs = np.stack([x.spread(x.read(name, "b32")).reshape(-1, 8, 4) for name in registers], 1)[warps]
         halves = np.ascontiguousarray(pairs).view(np.uint16)
         halves = np.ascontiguousarray(halves.swapaxes(-1, -2) if transposed else halves).reshape(-1, 8)
-        warps = np.repeat(np.arange(x.n // 32), rows[0].size)
-        x.shared.note_write(x.shared.offsets(rows.ravel(), 16), warps, halves.view(np.uint8))
+        offsets = x.shared.offsets(rows.ravel(), 16)
+        x.shared.note_write(offsets, np.repeat(warps, rows[0].size), halves.view(np.uint8))
         x.shared.store(rows.ravel(), 8, list(halves.view(np.uint64).T))
 
     return run
+
+
+def _warps(x: Machine, who: Mask) -> Array:
+    """Which warps these threads are."""
+    x.whole_warps(who)
+    return np.arange(x.n // 32) if who is None else np.flatnonzero(who.reshape(-1, 32).any(1))
 
 
 # --- registers of a warp ---
