@@ -31,7 +31,8 @@ def selection(op: str, targets: Sequence[str]) -> Selection:
 def compiled(ops: Sequence[str], targets: Sequence[str], processes: int | None = None) -> dict[str, Inspected]:
     """The fixed list of these ops, compiled, by key; the first of launches that share one."""
     found: dict[str, Inspected] = {}
-    conv = torch.backends.cudnn.conv
+    backends: Any = torch.backends
+    conv = backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "tf32"  # torch's default, which decides what is launched
     try:
         for op in ops:
