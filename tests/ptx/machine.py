@@ -14,7 +14,7 @@ from tests.ptx.memory import SHARED, Array, Fault, Shared, Tensors
 from tests.ptx.program import Instruction, Program
 from tests.ptx.values import number, storage_of, widened
 
-PARAMETERS = 0x1000_0000_0000  # the address of a kernel's first parameter; 256 bytes each
+PARAMETERS = 0x4000_0000  # the address of a kernel's first parameter, which may be held in 32 bits; 256 bytes each
 
 Mask = Any  # of threads; None: all
 Step = Callable[["Machine", Mask], None]
