@@ -205,6 +205,22 @@ def absorb_tiles_weighted(u, v, inside, m_before, m, a, seen):
 
 
 @triton.jit
+def step_of_tiles(
+    start, x_row, exists, stride_c, weight, C, m, s, a, seen,
+    BLOCK_C: tl.constexpr, TILES: tl.constexpr, HAS_WEIGHT: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums with the tiles from class `start` on taken in."""
+    c, pointers = tiles_at(start, x_row, stride_c, BLOCK_C, TILES)
+    inside = exists[:, None, None] & (c < C)[None, :, :]
+    v = tl.load(pointers, mask=inside, other=-INF).to(ACC)
+    before = m
+    m, s = absorb_tiles(v, m, s)
+    if EPS > 0:
+        a, seen = absorb_tiles_weighted(class_weights(weight, c, C, HAS_WEIGHT, ACC), v, inside, before, m, a, seen)
+    return m, s, a, seen
+
+
+@triton.jit
 def absorb(v, m, s):
     """The lanes' maximum m and sum s of exp(x - m), with v taken in; -inf and NaN as in a sum of exponentials."""
     d = tl.where(v == -INF, -INF, v - m)
@@ -328,14 +344,9 @@ def cross_entropy_kernel(
                 a, seen = absorb_weighted(w, v, inside, before, m, a, seen)
     else:
         for start in range(0, C, TILES * BLOCK_C):
-            c, pointers = tiles_at(start, x_row, stride_xc * ALIGN_L, BLOCK_C, TILES)
-            inside = exists[:, None, None] & (c < C)[None, :, :]
-            v = tl.load(pointers, mask=inside, other=-INF).to(ACC)
-            before = m
-            m, s = absorb_tiles(v, m, s)
-            if EPS > 0:
-                w = class_weights(weight, c, C, HAS_WEIGHT, ACC)
-                a, seen = absorb_tiles_weighted(w, v, inside, before, m, a, seen)
+            m, s, a, seen = step_of_tiles(
+                start, x_row, exists, stride_xc * ALIGN_L, weight, C, m, s, a, seen, BLOCK_C, TILES, HAS_WEIGHT, EPS, ACC
+            )
     top, sum_row = combine(m, s)
     a_row, w_row = top, top
     if EPS > 0:
@@ -404,14 +415,10 @@ def slice_kernel(
     m, s = tl.full((1, BLOCK_C), -INF, ACC), tl.full((1, BLOCK_C), 0, ACC)
     a, seen = tl.full((1, BLOCK_C), 0, ACC), tl.full((1, BLOCK_C), 0, ACC)
     for start in range(tl.program_id(1) * (TILES * BLOCK_C), C, SLICES * TILES * BLOCK_C):
-        c, pointers = tiles_at(start, x_row, stride_xc, BLOCK_C, TILES)
-        inside = (c < C)[None, :, :]
-        v = tl.load(pointers, mask=inside, other=-INF).to(ACC)
-        before = m
-        m, s = absorb_tiles(v, m, s)
-        if EPS > 0:
-            w = class_weights(weight, c, C, HAS_WEIGHT, ACC)
-            a, seen = absorb_tiles_weighted(w, v, inside, before, m, a, seen)
+        m, s, a, seen = step_of_tiles(
+            start, x_row, tl.full((1,), True, tl.int1), stride_xc, weight, C, m, s, a, seen,
+            BLOCK_C, TILES, HAS_WEIGHT, EPS, ACC,
+        )  # fmt: skip
     top, sum_ = combine(m, s)
     a_row, w_row = top, top
     if EPS > 0:

@@ -40,10 +40,10 @@ MUTANTS = [
     Mutant("tiles: the maximum is forgotten", KERNELS, "top = tl.where(top > m, top, m)", "top = tl.where(top > m, top, top)"),
     Mutant("tiles: some classes twice", KERNELS, "tl.arange(0, TILES)[:, None] * BLOCK_C", "tl.arange(0, TILES)[:, None]"),
     Mutant(
-        "tail of the row read by the slices",
+        "tiles: tail of the row read",
         KERNELS,
-        "inside = (c < C)[None, :, :]\n        v =",
-        "inside = (c < C + 1)[None, :, :]\n        v =",
+        "& (c < C)[None, :, :]\n    v =",
+        "& (c < C + 1)[None, :, :]\n    v =",
     ),
     Mutant(
         "last row stored twice", KERNELS, "return n, position, position < L, n * L", "return n, position, position <= L, n * L"
